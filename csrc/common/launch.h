@@ -1,0 +1,73 @@
+// The only place that launches a kernel, so that the emulated build can put its own launcher here.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "common/check.h"
+
+#ifndef FASTUNLEARN_EMULATED
+// A CPU build of torch has no CUDA streams; the library must still load there.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace fastunlearn {
+
+inline void check_cuda(const char* what, cudaError_t error) {
+  check(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// torch's current stream on the device of `tensor`, which is the current device while this lives.
+class DeviceStream {
+ public:
+  explicit DeviceStream(const Tensor& tensor) {
+#ifndef FASTUNLEARN_EMULATED
+    check_cuda("cudaGetDevice", cudaGetDevice(&previous_));
+    const int32_t device = tensor.get_device_index();
+    check_cuda("cudaSetDevice", cudaSetDevice(device));
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
+#else
+    (void)tensor;
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, 0));
+#endif
+  }
+  ~DeviceStream() {
+#ifndef FASTUNLEARN_EMULATED
+    cudaSetDevice(previous_);
+#endif
+  }
+  DeviceStream(const DeviceStream&) = delete;
+  DeviceStream& operator=(const DeviceStream&) = delete;
+
+  int multiprocessors() const { return multiprocessors_; }
+
+  // One launch; raises what the runtime says of it.
+  template <typename... Params, typename... Args>
+  void launch(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
+              Args... args) const {
+    check(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), name, ": a grid of ", blocks,
+          " blocks can not be launched; split the batch");
+    const dim3 grid(static_cast<unsigned>(blocks));
+#ifdef FASTUNLEARN_EMULATED
+    emulator::launch(grid, threads, 0, [=] { kernel(Params(args)...); });
+#else
+    kernel<<<grid, threads, 0, stream_>>>(Params(args)...);
+#endif
+    check_cuda(name, cudaGetLastError());
+  }
+
+ private:
+  int previous_ = 0;
+  int multiprocessors_ = 1;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace fastunlearn

@@ -1,0 +1,27 @@
+// out[G, P, C kh kw] += sum_n (sum_t grad[n, g, p, t] * patch[n, g, t, d])^2, patches never stored
+#pragma once
+
+#include <cstdint>
+
+#include "fisher/sq_grad_tile.h"
+
+namespace fastunlearn {
+
+struct Conv2dGeometry {
+  int64_t channels;        // input channels per group
+  int64_t height, width;   // of the input
+  int64_t kernel_h, kernel_w;
+  int64_t out_h, out_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+};
+
+// Output extent of one axis, as torch computes it.
+inline int64_t conv_out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                             int64_t dilation) {
+  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return span < 0 ? 0 : span / stride + 1;
+}
+
+}  // namespace fastunlearn

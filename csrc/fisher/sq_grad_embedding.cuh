@@ -1,0 +1,37 @@
+// Embedding rows by sorted segments: whoever stands first in an id's segment walks it, in order, alone.
+#pragma once
+
+#include "common/scalar.cuh"
+#include "fisher/sq_grad_embedding.h"
+
+namespace fastunlearn {
+
+// blockIdx.x = place * chunks + chunk; a place is an index into the sorted ids.
+template <typename Scalar>
+__global__ void __launch_bounds__(kEmbeddingThreads)
+    sq_grad_embedding_kernel(const int64_t* sorted_ids, const int64_t* order, const Scalar* grad,
+                             SqGradEmbeddingShape shape, int64_t chunks, Accumulator<Scalar>* out) {
+  using Acc = Accumulator<Scalar>;
+  const int64_t place = blockIdx.x / chunks;
+  const int64_t feature = blockIdx.x % chunks * kEmbeddingThreads + threadIdx.x;
+  const int64_t count = shape.samples * shape.positions;
+  const int64_t id = sorted_ids[place];
+  if (id < 0 || id >= shape.rows) __trap();  // as torch's own embedding does
+  if (place > 0 && sorted_ids[place - 1] == id) return;
+  if (id == shape.padding || feature >= shape.features) return;
+
+  Acc squares = 0, sum = 0;
+  int64_t sample = order[place] / shape.positions;
+  for (int64_t i = place; i < count && sorted_ids[i] == id; ++i) {
+    const int64_t at = order[i];
+    if (at / shape.positions != sample) {
+      squares += sum * sum;
+      sum = 0;
+      sample = at / shape.positions;
+    }
+    sum += widen(grad[at * shape.features + feature]);
+  }
+  out[id * shape.features + feature] += squares + sum * sum;
+}
+
+}  // namespace fastunlearn

@@ -1,0 +1,1 @@
+from fastunlearn import ops

@@ -1,0 +1,89 @@
+"""One way to look inside a model: record what its modules are given and return, and put everything back.
+
+Fisher squares, Gram matrices and unit activations are all collected through :func:`recording`; nothing
+here needs the model rewritten, wrapped or in a ``Sequential``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module in one forward pass, as the module saw it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def input(self) -> torch.Tensor:
+        """The first positional tensor argument: what Linear, Conv and norm layers act on."""
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+        if not isinstance(first, torch.Tensor):
+            raise TypeError(f"{type(self.module).__name__} was called without a tensor as its first argument")
+        return first
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module], on_call: Callable[[Call], None]) -> Iterator[None]:
+    """Call ``on_call`` after every forward of ``modules``; the hooks are gone afterwards, also on an exception."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        on_call(Call(module, args, kwargs, output))
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put back training flags, ``requires_grad`` and the random state when the block ends, however it ends."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are; raises ValueError when it has none or they are spread over devices."""
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters at all"
+        raise ValueError(f"the model must have its weights on one device, found {found}")
+    return devices.pop()
+
+
+def require_separable(model: nn.Module) -> None:
+    """Raise ValueError when the samples of a batch influence one another (BatchNorm that uses batch statistics)."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name or type(module).__name__} is a BatchNorm that normalises by the statistics of the batch, "
+                "so one sample's loss depends on the others; call model.eval() first"
+            )
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first parameter that holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"parameter {name} holds NaN or Inf; unlearning would only spread it")
