@@ -84,6 +84,7 @@ def fisher_diagonal(
     params: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = False,
+    name: str = "batches",
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
@@ -99,6 +100,7 @@ def fisher_diagonal(
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
+        name: what error messages call ``batches``.
 
     Returns:
         A :class:`FisherDiagonal`, float32 (float64 for float64 parameters), on the parameters' device.
@@ -125,17 +127,17 @@ def fisher_diagonal(
             parameter.requires_grad_(True)
         plan: _Plan | None = None
         sums = {
-            name: torch.zeros_like(p, dtype=_sum_dtype(p), memory_format=torch.contiguous_format)
-            for name, p in targets.items()
+            key: torch.zeros_like(p, dtype=_sum_dtype(p), memory_format=torch.contiguous_format)
+            for key, p in targets.items()
         }
         num_samples = 0
-        for batch in track(read(batches, "batches", device), "Fisher diagonal", progress):
+        for batch in track(read(batches, name, device), f"Fisher diagonal, {name}", progress):
             if plan is None:
                 plan = _make_plan(model, batch, loss_fn, targets)
                 plan.warn_of_fallbacks()
             _add_batch(model, batch, loss_fn, kind, generator, plan, sums)
             num_samples += batch.size
-    return FisherDiagonal({name: value.div_(num_samples) for name, value in sums.items()}, num_samples)
+    return FisherDiagonal({key: value.div_(num_samples) for key, value in sums.items()}, num_samples)
 
 
 def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Parameter]:

@@ -1,0 +1,5 @@
+import sys
+
+from fastunlearn.cli import main
+
+sys.exit(main())

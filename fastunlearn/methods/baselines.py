@@ -1,0 +1,156 @@
+"""What every unlearning method is compared with: retraining, fine-tuning on what is kept, gradient ascent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from fastunlearn.data import Batches, LossFunction, read
+from fastunlearn.hooks import device_of, preserved, require_finite
+from fastunlearn.methods.training import descend, snapshot
+from fastunlearn.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Train from a fresh initialisation on the retained data alone: the yardstick of every other method.
+
+    Args:
+        epochs: passes over ``retain``.
+        lr: peak of the one-cycle learning rate.
+        weight_decay: of AdamW.
+        build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module.
+        loss_fn: one loss per sample; default cross-entropy.
+        seed: of the initialisation and of whatever the model draws while training.
+        progress: show a progress bar.
+    """
+
+    epochs: int = 20
+    lr: float = 0.01
+    weight_decay: float = 0.01
+    build: Callable[[], nn.Module] | None = None
+    loss_fn: LossFunction | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def unlearn(self, model: nn.Module, forget: Batches | None, retain: Batches) -> Outcome:
+        """Retrain ``model`` in place; ``forget`` is only what it does not see, and may be None.
+
+        Raises ValueError for an empty ``retain`` or a module that can not be initialised anew, before anything
+        changes. Cost: ``epochs`` forward and backward passes over ``retain``.
+        """
+        outcome = Outcome("Retrain", _settings(self))
+        device = device_of(model)
+        steps = sum(1 for _ in read(retain, "retain", device)) * self.epochs
+        before = snapshot(model)
+        with preserved(model), outcome.measured(device), outcome.phase("train"):
+            torch.manual_seed(self.seed)
+            if self.build is not None:
+                model.load_state_dict(self.build().state_dict())
+            else:
+                initialise(model)
+            model.train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
+            descend(model, retain, "retain", optimizer, self.epochs, self.loss_fn, schedule, progress=self.progress)
+        _count_changes(outcome, model, before)
+        return outcome
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Go on training on the retained data and hope that the rest fades (catastrophic forgetting as a method).
+
+    Args:
+        epochs: passes over ``retain``.
+        lr, momentum: of SGD.
+        loss_fn: one loss per sample; default cross-entropy.
+        progress: show a progress bar.
+    """
+
+    epochs: int = 1
+    lr: float = 0.01
+    momentum: float = 0.9
+    loss_fn: LossFunction | None = None
+    progress: bool = False
+
+    def unlearn(self, model: nn.Module, forget: Batches | None, retain: Batches) -> Outcome:
+        """Fine-tune ``model`` in place, in the mode it is in. Raises ValueError for an empty ``retain``."""
+        outcome = Outcome("FineTune", _settings(self))
+        _step_over(outcome, model, retain, "retain", self.epochs, self.lr, self.momentum, self.loss_fn, 1.0, self.progress)
+        return outcome
+
+
+@dataclass(frozen=True)
+class GradientAscent:
+    """Climb the loss of the forgotten data.
+
+    Args:
+        epochs: passes over ``forget``.
+        lr: of plain SGD.
+        loss_fn: one loss per sample; default cross-entropy.
+        progress: show a progress bar.
+    """
+
+    epochs: int = 1
+    lr: float = 0.001
+    loss_fn: LossFunction | None = None
+    progress: bool = False
+
+    def unlearn(self, model: nn.Module, forget: Batches, retain: Batches | None = None) -> Outcome:
+        """Ascend in place, in the mode the model is in. Raises ValueError for an empty ``forget``."""
+        outcome = Outcome("GradientAscent", _settings(self))
+        _step_over(outcome, model, forget, "forget", self.epochs, self.lr, 0.0, self.loss_fn, -1.0, self.progress)
+        return outcome
+
+
+def initialise(model: nn.Module) -> None:
+    """Call ``reset_parameters`` of every module; raises ValueError, changing nothing, if one with weights has none."""
+    for name, module in model.named_modules():
+        if any(p is not None for p in module._parameters.values()) and not _resets(module):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) has weights but no reset_parameters(); "
+                "pass build=, a function that returns a freshly initialised model"
+            )
+    for module in model.modules():
+        if _resets(module):
+            reset = getattr(module, "reset_parameters", None) or module._reset_parameters
+            reset()
+
+
+def _resets(module: nn.Module) -> bool:
+    # nn.MultiheadAttention spells it with an underscore.
+    return any(callable(getattr(module, name, None)) for name in ("reset_parameters", "_reset_parameters"))
+
+
+def _step_over(
+    outcome: Outcome,
+    model: nn.Module,
+    batches: Batches,
+    name: str,
+    epochs: int,
+    lr: float,
+    momentum: float,
+    loss_fn: LossFunction | None,
+    sign: float,
+    progress: bool,
+) -> None:
+    require_finite(model)
+    device = device_of(model)
+    before = snapshot(model)
+    with preserved(model), outcome.measured(device), outcome.phase("train"):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
+        descend(model, batches, name, optimizer, epochs, loss_fn, sign=sign, progress=progress)
+    _count_changes(outcome, model, before)
+
+
+def _count_changes(outcome: Outcome, model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        outcome.count(name, before[name], parameter)
+
+
+def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:
+    return {name: value for name, value in asdict(method).items() if name not in ("progress", "build", "loss_fn")}

@@ -1,0 +1,53 @@
+"""One training loop for everything that trains: retraining, fine-tuning, gradient ascent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.data import Batches, LossFunction, per_sample_loss, read
+from fastunlearn.outcome import track
+
+
+def descend(
+    model: nn.Module,
+    batches: Batches,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    loss_fn: LossFunction | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    sign: float = 1.0,
+    before_step: Callable[[], None] | None = None,
+    progress: bool = False,
+) -> None:
+    """Step the optimizer on the mean loss of every batch, ``epochs`` times over; ``sign=-1`` ascends.
+
+    ``before_step`` sees the gradients after each backward pass. The loop changes no mode: call it with the
+    model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    for epoch in _epochs(epochs, name, progress):
+        for batch in read(batches, name, device):
+            loss = per_sample_loss(loss_fn, batch.outputs(model), batch.targets, batch.size).mean()
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss on {name} is {loss.item()} in epoch {epoch}; lower the learning rate")
+            optimizer.zero_grad(set_to_none=True)
+            (sign * loss).backward()
+            if before_step is not None:
+                before_step()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _epochs(epochs: int, name: str, progress: bool) -> Iterable[int]:
+    return track(range(1, epochs + 1), f"epochs over {name}", progress)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter, to count afterwards what a method changed."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
