@@ -20,10 +20,10 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
   m.def(
       "sq_grad_embedding(Tensor(a!) out, Tensor indices, Tensor grad_output, "
       "int? padding_idx=None) -> ()");
-  // weight = 0 where forget > gamma * retain; returns bit masks and counts of what was reset.
+  // weight = 0 where forget > gamma * retain; writes bit masks and counts of what was reset.
   m.def(
-      "threshold_reset_(Tensor(a!)[] weights, Tensor[] forget, Tensor[] retain, float gamma) "
-      "-> (Tensor[], Tensor)");
+      "threshold_reset_(Tensor(a!)[] weights, Tensor[] forget, Tensor[] retain, float gamma, "
+      "Tensor(b!)[] masks, Tensor(c!) counts) -> ()");
   // grad = 0 where the mask bit is 0.
   m.def("mask_grads_(Tensor(a!)[] grads, Tensor[] masks) -> ()");
 }

@@ -147,7 +147,9 @@ def threshold_reset_(
     Cost: one read of both importances, a write where something changes. Source: DeepClean, Shi et al. 2024.
     """
     staged = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    masks, counts = _ops.threshold_reset_(staged, list(forget), list(retain), gamma)
+    masks = [w.new_empty((w.numel() + 31) // 32, dtype=torch.int32) for w in weights]
+    counts = torch.empty(len(weights), dtype=torch.int64, device=weights[0].device if weights else "cpu")
+    _ops.threshold_reset_(staged, list(forget), list(retain), gamma, masks, counts)
     for weight, copy in zip(weights, staged, strict=True):
         if copy is not weight:
             weight.copy_(copy)
@@ -161,6 +163,8 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         grads: written in place, as ``weights`` of :func:`threshold_reset_`.
         masks: int32 bit masks as returned there, in row-major order of each gradient.
     """
+    if not grads and not masks:
+        return  # nothing that could tell the dispatcher a device
     staged = [g if g.is_contiguous() else g.contiguous() for g in grads]
     _ops.mask_grads_(staged, list(masks))
     for grad, copy in zip(grads, staged, strict=True):
@@ -168,22 +172,12 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             grad.copy_(copy)
 
 
-def _register_fakes() -> None:
-    """Tell torch.compile what comes out: the accumulating operators return nothing."""
-
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
-
-    accumulating = ("sq_grad_linear", "sq_grad_conv2d", "sq_grad_affine", "sq_grad_bias", "sq_grad_embedding")
-    for name in (*accumulating, "mask_grads_"):
-        torch.library.register_fake(f"fastunlearn::{name}", nothing)
-
-    @torch.library.register_fake("fastunlearn::threshold_reset_")
-    def _(
-        weights: list[Tensor], forget: list[Tensor], retain: list[Tensor], gamma: float
-    ) -> tuple[list[Tensor], Tensor]:
-        masks = [w.new_empty((w.numel() + 31) // 32, dtype=torch.int32) for w in weights]
-        return masks, weights[0].new_empty(len(weights), dtype=torch.int64)
+def _nothing(*args: object, **kwargs: object) -> None:
+    """The fake kernel of every operator here: they write into their arguments and return nothing."""
 
 
-_register_fakes()
+for _name in (
+    "sq_grad_linear", "sq_grad_conv2d", "sq_grad_affine", "sq_grad_bias", "sq_grad_embedding",
+    "threshold_reset_", "mask_grads_",
+):  # fmt: skip
+    torch.library.register_fake(f"fastunlearn::{_name}", _nothing)

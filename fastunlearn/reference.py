@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 def sq_grad_linear(out: Tensor, input: Tensor, grad_output: Tensor) -> Tensor:
     """out[p, d] += sum_n (sum_t grad_output[n, t, p] * input[n, t, d])**2."""
-    a = input.reshape(input.shape[0], -1, input.shape[-1]).to(out.dtype)
-    g = grad_output.reshape(grad_output.shape[0], -1, grad_output.shape[-1]).to(out.dtype)
+    a, g = _positions(input.to(out.dtype)), _positions(grad_output.to(out.dtype))
     return out.add_(torch.einsum("ntp,ntd->npd", g, a).square().sum(0))
+
+
+def _positions(values: Tensor) -> Tensor:
+    """[N, ..., features] -> [N, T, features], also of no elements."""
+    return values.reshape(values.shape[0], values.shape[1:-1].numel(), values.shape[-1])
 
 
 def sq_grad_conv2d(
@@ -48,7 +52,7 @@ def sq_grad_affine(out: Tensor, normalized: Tensor, grad_output: Tensor, channel
 def sq_grad_bias(out: Tensor, grad_output: Tensor, channel_dim: int = -1) -> Tensor:
     """out[c] += sum_n (sum_t grad_output[n, t, c])**2, t over every other axis."""
     g = grad_output.to(out.dtype).movedim(channel_dim, -1)
-    return out.add_(g.reshape(g.shape[0], -1, g.shape[-1]).sum(1).square().sum(0))
+    return out.add_(_positions(g).sum(1).square().sum(0))
 
 
 def sq_grad_embedding(out: Tensor, indices: Tensor, grad_output: Tensor, padding_idx: int | None = None) -> Tensor:

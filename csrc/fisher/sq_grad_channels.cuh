@@ -1,6 +1,7 @@
 // Norm weights and biases: one read of the gradient (and of the normalized input), sums in a fixed order.
 #pragma once
 
+#include "common/block_sum.h"
 #include "common/reduce.cuh"
 #include "common/scalar.cuh"
 #include "fisher/sq_grad_channels.h"
@@ -39,25 +40,26 @@ __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
   const int64_t split = blockIdx.x / plan.tiles;
   const bool inside = channel < shape.channels;
 
-  Acc squares = 0;
+  BlockSum<Acc> squares;
   for (int64_t i = 0; i < plan.samples_per_split; ++i) {
     const int64_t sample = split * plan.samples_per_split + i;
     if (sample >= shape.samples) break;  // the same for the whole block
-    Acc sum = 0;
+    BlockSum<Acc> positions;
     for (int64_t t = row; inside && t < shape.outer; t += kChannelRows) {
-      sum += channel_term<kWithNormalized>(grad, normalized,
-                                           (sample * shape.outer + t) * shape.channels + channel);
+      positions.add(channel_term<kWithNormalized>(
+          grad, normalized, (sample * shape.outer + t) * shape.channels + channel));
     }
+    Acc sum = positions.value();
     partial[row][lane] = sum;
     __syncthreads();
     if (row == 0) {
 #pragma unroll
       for (int r = 1; r < kChannelRows; ++r) sum += partial[r][lane];
-      squares += sum * sum;
+      squares.add(sum * sum);
     }
     __syncthreads();
   }
-  if (row == 0 && inside) store_split(out, plan, split, shape.channels, channel, squares);
+  if (row == 0 && inside) store_split(out, plan, split, shape.channels, channel, squares.value());
 }
 
 // [N, T, C, S]: a warp owns one channel and runs along S.
@@ -71,21 +73,21 @@ __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
   const int64_t split = blockIdx.x / plan.tiles;
   if (channel >= shape.channels) return;  // a whole warp
 
-  Acc squares = 0;
+  BlockSum<Acc> squares;
   for (int64_t i = 0; i < plan.samples_per_split; ++i) {
     const int64_t sample = split * plan.samples_per_split + i;
     if (sample >= shape.samples) break;
-    Acc sum = 0;
+    BlockSum<Acc> positions;
     for (int64_t t = 0; t < shape.outer; ++t) {
       const int64_t plane = ((sample * shape.outer + t) * shape.channels + channel) * shape.inner;
       for (int64_t s = lane; s < shape.inner; s += kChannelLanes) {
-        sum += channel_term<kWithNormalized>(grad, normalized, plane + s);
+        positions.add(channel_term<kWithNormalized>(grad, normalized, plane + s));
       }
     }
-    sum = warp_sum(sum);
-    squares += sum * sum;
+    const Acc sum = warp_sum(positions.value());
+    squares.add(sum * sum);
   }
-  if (lane == 0) store_split(out, plan, split, shape.channels, channel, squares);
+  if (lane == 0) store_split(out, plan, split, shape.channels, channel, squares.value());
 }
 
 }  // namespace fastunlearn

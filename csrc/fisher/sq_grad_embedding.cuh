@@ -1,6 +1,7 @@
 // Embedding rows by sorted segments: whoever stands first in an id's segment walks it, in order, alone.
 #pragma once
 
+#include "common/block_sum.h"
 #include "common/scalar.cuh"
 #include "fisher/sq_grad_embedding.h"
 
@@ -20,18 +21,19 @@ __global__ void __launch_bounds__(kEmbeddingThreads)
   if (place > 0 && sorted_ids[place - 1] == id) return;
   if (id == shape.padding || feature >= shape.features) return;
 
-  Acc squares = 0, sum = 0;
+  BlockSum<Acc> squares, sum;
   int64_t sample = order[place] / shape.positions;
   for (int64_t i = place; i < count && sorted_ids[i] == id; ++i) {
     const int64_t at = order[i];
     if (at / shape.positions != sample) {
-      squares += sum * sum;
-      sum = 0;
+      squares.add(sum.value() * sum.value());
+      sum = {};
       sample = at / shape.positions;
     }
-    sum += widen(grad[at * shape.features + feature]);
+    sum.add(widen(grad[at * shape.features + feature]));
   }
-  out[id * shape.features + feature] += squares + sum * sum;
+  squares.add(sum.value() * sum.value());
+  out[id * shape.features + feature] += squares.value();
 }
 
 }  // namespace fastunlearn

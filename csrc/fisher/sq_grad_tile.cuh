@@ -10,6 +10,7 @@
 //   kPositionsContiguous                  which of the two runs through consecutive addresses
 #pragma once
 
+#include "common/block_sum.h"
 #include "common/scalar.cuh"
 #include "fisher/sq_grad_tile.h"
 
@@ -19,6 +20,7 @@ namespace fastunlearn {
 template <typename Acc>
 using OperandTile = Acc[kTileDepth][kTileOut + 1];
 static_assert(kTileOut == kTileIn, "both operands share one tile type");
+static_assert(kTileDepth == kSumBlock, "with one position per sample a tile is a block of samples");
 
 // Copies tiles of one operand to shared memory, consecutive threads along the contiguous axis.
 template <typename Operand>
@@ -90,8 +92,19 @@ __global__ void __launch_bounds__(kTileThreads)
   const int column = threadIdx.x % kColumns;
   const int row = threadIdx.x / kColumns;
 
-  Acc squares[kThreadOut][kThreadIn] = {};
   Acc product[kThreadOut][kThreadIn] = {};
+  Acc squares[kThreadOut][kThreadIn] = {};  // of a block of samples
+  Acc total[kThreadOut][kThreadIn] = {};    // of all blocks before
+  auto end_block = [&] {
+#pragma unroll
+    for (int i = 0; i < kThreadOut; ++i) {
+#pragma unroll
+      for (int j = 0; j < kThreadIn; ++j) {
+        total[i][j] += squares[i][j];
+        squares[i][j] = 0;
+      }
+    }
+  };
 
   auto multiply_tiles = [&] {
 #pragma unroll
@@ -131,7 +144,10 @@ __global__ void __launch_bounds__(kTileThreads)
   };
 
   if constexpr (kPointwise) {
-    for (int64_t n = first_sample; n < last_sample; n += kTileDepth) step(n, 0);
+    for (int64_t n = first_sample; n < last_sample; n += kTileDepth) {
+      step(n, 0);
+      end_block();
+    }
   } else {
     for (int64_t n = first_sample; n < last_sample; ++n) {
       for (int64_t t = 0; t < shape.positions; t += kTileDepth) step(n, t);
@@ -143,7 +159,9 @@ __global__ void __launch_bounds__(kTileThreads)
           product[i][j] = 0;
         }
       }
+      if ((n - first_sample) % kSumBlock == kSumBlock - 1) end_block();
     }
+    end_block();
   }
 
   // With one split `out` is the result [groups, P, D]; with more it is the workspace [splits, groups, P, D],
@@ -158,7 +176,7 @@ __global__ void __launch_bounds__(kTileThreads)
       const int64_t d = first_in + column + kColumns * j;
       if (d >= shape.in_features) continue;
       Acc* target = out + ((split * shape.groups + group) * shape.out_features + p) * shape.in_features + d;
-      *target = accumulate ? *target + squares[i][j] : squares[i][j];
+      *target = accumulate ? *target + total[i][j] : total[i][j];
     }
   }
 }

@@ -16,15 +16,15 @@ void multiply_panels_cpu(const double* grads, const double* inputs, int depth, i
 }
 
 FASTUNLEARN_CPU_CLONES
-void square_panels_cpu(const float* grads, const float* inputs, int depth, int rows, int columns, bool start,
+void square_panels_cpu(const float* grads, const float* inputs, int depth, int rows, int columns,
                        float* squares) {
-  multiply_panels<float, true>(grads, inputs, depth, rows, columns, start, PanelEnd::kKeep, nullptr, squares);
+  multiply_panels<float, true>(grads, inputs, depth, rows, columns, true, PanelEnd::kKeep, nullptr, squares);
 }
 
 FASTUNLEARN_CPU_CLONES
 void square_panels_cpu(const double* grads, const double* inputs, int depth, int rows, int columns,
-                       bool start, double* squares) {
-  multiply_panels<double, true>(grads, inputs, depth, rows, columns, start, PanelEnd::kKeep, nullptr, squares);
+                       double* squares) {
+  multiply_panels<double, true>(grads, inputs, depth, rows, columns, true, PanelEnd::kKeep, nullptr, squares);
 }
 
 }  // namespace fastunlearn

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 
+#include "common/block_sum.h"
 #include "common/cpu.h"
 #include "fisher/sq_grad_tile.h"
 
@@ -25,7 +26,9 @@ inline constexpr int kMicroVectors = 2;
 // What becomes of a product that has been accumulated over one panel.
 enum class PanelEnd { kKeep, kSquare };
 
-// grads [depth, kPanelOut], inputs [depth, kPanelIn], product and squares [kPanelOut, kPanelIn].
+// grads [depth, kPanelOut], inputs [depth, kPanelIn], product and squares [kPanelOut, kPanelIn]. The product of one
+// sample is carried from panel to panel until it is squared; with kPointwise the depth runs over samples, every
+// product is squared at once, and blocks of kSumBlock samples are added to `squares`.
 template <typename T, bool kPointwise>
 FASTUNLEARN_INLINE void multiply_panels(const T* grads, const T* inputs, int depth, int rows, int columns,
                                         bool start, PanelEnd end, T* product, T* squares) {
@@ -35,12 +38,9 @@ FASTUNLEARN_INLINE void multiply_panels(const T* grads, const T* inputs, int dep
   auto at = [](T* tile, int p, int d) { return reinterpret_cast<Vector*>(tile + p * kPanelIn + d); };
   for (int p = 0; p < rows; p += kMicroOut) {
     for (int d = 0; d < columns; d += kMicroIn) {
-      Vector sum[kMicroOut][kMicroVectors];
-      T* const carried = kPointwise ? squares : product;
-      for (int i = 0; i < kMicroOut; ++i) {
-        for (int v = 0; v < kMicroVectors; ++v) {
-          sum[i][v] = start ? Vector{} : *at(carried, p + i, d + v * kLanes);
-        }
+      Vector sum[kMicroOut][kMicroVectors] = {};
+      for (int i = 0; !start && i < kMicroOut; ++i) {
+        for (int v = 0; v < kMicroVectors; ++v) sum[i][v] = *at(product, p + i, d + v * kLanes);
       }
       for (int k = 0; k < depth; ++k) {
         const T* g = grads + k * kPanelOut + p;
@@ -53,11 +53,19 @@ FASTUNLEARN_INLINE void multiply_panels(const T* grads, const T* inputs, int dep
             sum[i][v] += kPointwise ? value * value : value;
           }
         }
+        if (kPointwise && (k % kSumBlock == kSumBlock - 1 || k == depth - 1)) {
+          for (int i = 0; i < kMicroOut; ++i) {
+            for (int v = 0; v < kMicroVectors; ++v) {
+              *at(squares, p + i, d + v * kLanes) += sum[i][v];
+              sum[i][v] = Vector{};
+            }
+          }
+        }
       }
-      for (int i = 0; i < kMicroOut; ++i) {
+      for (int i = 0; !kPointwise && i < kMicroOut; ++i) {
         for (int v = 0; v < kMicroVectors; ++v) {
-          if (kPointwise || end == PanelEnd::kKeep) {
-            *at(carried, p + i, d + v * kLanes) = sum[i][v];
+          if (end == PanelEnd::kKeep) {
+            *at(product, p + i, d + v * kLanes) = sum[i][v];
           } else {
             *at(squares, p + i, d + v * kLanes) += sum[i][v] * sum[i][v];
           }
@@ -73,9 +81,9 @@ void multiply_panels_cpu(const float* grads, const float* inputs, int depth, int
 void multiply_panels_cpu(const double* grads, const double* inputs, int depth, int rows, int columns,
                          bool start, PanelEnd end, double* product, double* squares);
 void square_panels_cpu(const float* grads, const float* inputs, int depth, int rows, int columns,
-                       bool start, float* squares);
+                       float* squares);
 void square_panels_cpu(const double* grads, const double* inputs, int depth, int rows, int columns,
-                       bool start, double* squares);
+                       double* squares);
 
 // What a packer is asked for: `depth` positions from `position` on of one sample, or, with one position per
 // sample, `depth` samples from `sample` on; `features` features from `feature` on.
@@ -93,7 +101,13 @@ struct PanelScratch {
   alignas(64) T grads[kPanelDepth * kPanelOut];
   alignas(64) T inputs[kPanelDepth * kPanelIn];
   alignas(64) T product[kPanelOut * kPanelIn];
-  alignas(64) T squares[kPanelOut * kPanelIn];
+  alignas(64) T squares[kPanelOut * kPanelIn];  // of a block of samples
+  alignas(64) T total[kPanelOut * kPanelIn];    // of all blocks before
+
+  void end_block() {
+    for (int i = 0; i < kPanelOut * kPanelIn; ++i) total[i] += squares[i];
+    std::memset(squares, 0, sizeof squares);
+  }
 };
 
 // pack.operator()<kWidth>(request, panel) fills panel [depth, kWidth]; columns past the request's features may
@@ -120,11 +134,12 @@ void sq_grad_cpu(const SqGradShape& shape, const GradPacker& pack_grads, const I
             PanelRequest{group, sample, position, depth, pointwise, first_in, columns}, scratch->inputs);
       };
       std::memset(scratch->squares, 0, sizeof scratch->squares);
+      std::memset(scratch->total, 0, sizeof scratch->total);
       if (pointwise) {
         for (int64_t n = 0; n < shape.samples; n += kPanelDepth) {
           const int depth = static_cast<int>(std::min<int64_t>(kPanelDepth, shape.samples - n));
           pack(n, 0, depth);
-          square_panels_cpu(scratch->grads, scratch->inputs, depth, rows, columns, n == 0, scratch->squares);
+          square_panels_cpu(scratch->grads, scratch->inputs, depth, rows, columns, scratch->squares);
         }
       } else {
         for (int64_t n = 0; n < shape.samples; ++n) {
@@ -135,11 +150,13 @@ void sq_grad_cpu(const SqGradShape& shape, const GradPacker& pack_grads, const I
                                 t + depth == shape.positions ? PanelEnd::kSquare : PanelEnd::kKeep,
                                 scratch->product, scratch->squares);
           }
+          if (n % kSumBlock == kSumBlock - 1) scratch->end_block();
         }
       }
+      scratch->end_block();
       for (int p = 0; p < rows; ++p) {
         Acc* target = out + (group * shape.out_features + first_out + p) * shape.in_features + first_in;
-        for (int d = 0; d < columns; ++d) target[d] += scratch->squares[p * kPanelIn + d];
+        for (int d = 0; d < columns; ++d) target[d] += scratch->total[p * kPanelIn + d];
       }
     }
   });

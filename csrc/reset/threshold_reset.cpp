@@ -5,7 +5,6 @@
 
 #include <bit>
 #include <cstring>
-#include <tuple>
 
 #include "common/cpu.h"
 #include "reset/doors.h"
@@ -54,14 +53,13 @@ void reset_words_double(const void* forget, const void* retain, double gamma, in
   reset_words<double>(forget, retain, gamma, size, begin, end, mask);
 }
 
-std::tuple<std::vector<Tensor>, Tensor> threshold_reset_cpu(const std::vector<Tensor>& weights,
-                                                            const std::vector<Tensor>& forget,
-                                                            const std::vector<Tensor>& retain,
-                                                            double gamma) {
-  const ThresholdDoor door(weights, forget, retain, gamma);
-  auto* counts = static_cast<int64_t*>(door.counts.mutable_data_ptr());
+void threshold_reset_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& forget,
+                         const std::vector<Tensor>& retain, double gamma,
+                         const std::vector<Tensor>& masks, const Tensor& counts) {
+  const ThresholdDoor door(weights, forget, retain, gamma, masks, counts);
+  auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
-    auto* mask = static_cast<uint32_t*>(door.masks[i].mutable_data_ptr());
+    auto* mask = static_cast<uint32_t*>(masks[i].mutable_data_ptr());
     void* weight = weights[i].mutable_data_ptr();
     const size_t bytes = weights[i].element_size();
     const auto words =
@@ -76,9 +74,9 @@ std::tuple<std::vector<Tensor>, Tensor> threshold_reset_cpu(const std::vector<Te
         }
       }
     });
-    for (int64_t w = 0; w < mask_words(door.sizes[i]); ++w) counts[i] += std::popcount(mask[w]);
+    count[i] = 0;
+    for (int64_t w = 0; w < mask_words(door.sizes[i]); ++w) count[i] += std::popcount(mask[w]);
   }
-  return {door.masks, door.counts};
 }
 
 void mask_grads_cpu(const std::vector<Tensor>& grads, const std::vector<Tensor>& masks) {

@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "common/launch.h"
 #include "reset/doors.h"
 
@@ -24,26 +22,25 @@ TensorList<kPointers> pack(const ListLaunch& launch, const EntryOf& entry_of) {
   return list;
 }
 
-std::tuple<std::vector<Tensor>, Tensor> threshold_reset_cuda(const std::vector<Tensor>& weights,
-                                                             const std::vector<Tensor>& forget,
-                                                             const std::vector<Tensor>& retain,
-                                                             double gamma) {
-  const ThresholdDoor door(weights, forget, retain, gamma);
-  const DeviceStream device(weights[0]);
+void threshold_reset_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& forget,
+                          const std::vector<Tensor>& retain, double gamma,
+                          const std::vector<Tensor>& masks, Tensor counts) {
+  const ThresholdDoor door(weights, forget, retain, gamma, masks, counts);
+  const DeviceStream device(counts);
+  torch::stable::zero_(counts);
   for (const ListLaunch& launch : plan_tensor_list(door.sizes)) {
     ThresholdResetParams params{};
     params.list = pack<kThresholdPointers>(launch, [&](int64_t i) -> ListEntry<kThresholdPointers> {
       return {{weights[i].mutable_data_ptr(), door.forget[i].data_ptr(), door.retain[i].data_ptr(),
-               door.masks[i].mutable_data_ptr()},
+               masks[i].mutable_data_ptr()},
               door.sizes[i],
               static_cast<int32_t>(weights[i].element_size()),
               door.forget[i].scalar_type() == ScalarType::Double};
     });
     params.gamma = gamma;
-    params.counts = static_cast<int64_t*>(door.counts.mutable_data_ptr());
+    params.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
     device.launch("threshold_reset_", threshold_reset_kernel, launch.blocks, dim3(kListThreads), params);
   }
-  return {door.masks, door.counts};
 }
 
 void mask_grads_cuda(const std::vector<Tensor>& grads, const std::vector<Tensor>& masks) {
