@@ -1,1 +1,31 @@
+"""fastunlearn makes trained networks forget: hand-written kernels under three published algorithms."""
+
 from fastunlearn import ops
+from fastunlearn.codec import Foci, codec, foci
+from fastunlearn.evaluate import Metrics, evaluate
+from fastunlearn.fisher import FisherDiagonal, fisher_diagonal
+from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
+from fastunlearn.methods.class_forgetting import ClassForgetting
+from fastunlearn.methods.deepclean import DeepClean
+from fastunlearn.methods.lcodec import LCodec
+from fastunlearn.outcome import Outcome
+from fastunlearn.subspace import spectral_filter
+
+__all__ = [
+    "ClassForgetting",
+    "DeepClean",
+    "FineTune",
+    "FisherDiagonal",
+    "Foci",
+    "GradientAscent",
+    "LCodec",
+    "Metrics",
+    "Outcome",
+    "Retrain",
+    "codec",
+    "evaluate",
+    "fisher_diagonal",
+    "foci",
+    "ops",
+    "spectral_filter",
+]

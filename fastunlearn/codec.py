@@ -1,0 +1,323 @@
+"""Conditional dependence of a response on features (CODEC), the greedy selection built on it (FOCI), and the
+units of a model as features.
+
+Sources: Azadkia & Chatterjee, "A simple measure of conditional dependence", Annals of Statistics 2021 (CODEC,
+FOCI); Mehta, Pal, Singh & Ravi, "Deep Unlearning via Randomized Conditionally Independent Hessians", CVPR
+2022 (L-CODEC, arXiv 2204.07655). With n rows, R_i the rank of y_i, L_i the number of y_j >= y_i, N(i) and
+M(i) the nearest neighbours of row i in X and in (X, Z):
+
+    T(Y, Z)     = sum(n min(R_i, R_M(i)) - L_i^2) / sum(L_i (n - L_i))
+    T(Y, Z | X) = sum(min(R_i, R_M(i)) - min(R_i, R_N(i))) / sum(R_i - min(R_i, R_N(i)))
+
+Squared distances add up over features, so a round of FOCI needs only the distances over the chosen features
+and one fused multiply-add per pair of rows and candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.data import Batch
+from fastunlearn.hooks import Call, preserved, recording
+
+# Rows of pairwise distances worked on at once: 2^20 of them stay within the caches of a CPU core pair.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Foci:
+    """Chosen feature columns, in the order chosen, and the dependence T that each had when it was chosen."""
+
+    indices: list[int]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class UnitActivations:
+    """Mean activations of a model's units over one batch.
+
+    Attributes:
+        values: [N, units].
+        units: (layer name, output unit or filter) of each column.
+        outputs: what the model returned for the batch; of a Hugging Face output object, its logits.
+    """
+
+    values: Tensor
+    units: list[tuple[str, int]]
+    outputs: Any
+
+
+def codec(response: Any, z: Any, given: Any | None = None) -> float:
+    """Conditional dependence T(Y, Z | X), or T(Y, Z) without ``given``: 0 independent, 1 a function of Z.
+
+    An estimate: it can fall below 0 and, without ``given``, its expectation is exact only as n grows. Ties
+    are broken by the lowest row index among equally near neighbours and ranks count all equal values; heavily
+    tied columns (the zeros of a ReLU) are better given a little noise first, as ``foci(noise=...)`` does.
+    Where the denominator is 0 (constant Y, or Y already a function of X at every row) the dependence is 0.
+
+    Args:
+        response: Y [n] (or [n, 1]); NumPy or torch, any real dtype. Only its ranks matter.
+        z: Z [n] or [n, q].
+        given: X [n] or [n, k]; None or k = 0 for the unconditional T.
+
+    Raises:
+        ValueError: fewer than 2 rows, different numbers of rows, or NaN or Inf (the column is named).
+        TypeError: complex or non-numeric input.
+
+    Cost: n^2 (q + k) multiply-adds, distances in float32 where all features are, else float64; O(n) memory
+    and one block of 2^20 distances. Source: Azadkia & Chatterjee 2021.
+    """
+    z_columns = _columns(z, "z")
+    y = _response(response, len(z_columns), z_columns.device)
+    rank, above = _ranks(y)
+    if given is None:
+        return _unconditional(rank, above, _neighbours(z_columns))
+    x_columns = _columns(given, "given").to(z_columns.device)
+    if len(x_columns) != len(z_columns):
+        raise ValueError(
+            f"z has {len(z_columns)} rows and given has {len(x_columns)}; one row per sample in both"
+        )
+    if x_columns.shape[1] == 0:
+        return _unconditional(rank, above, _neighbours(z_columns))
+    dtype = torch.promote_types(z_columns.dtype, x_columns.dtype)
+    both = torch.cat([x_columns.to(dtype), z_columns.to(dtype)], 1)
+    return _conditional(rank, torch.minimum(rank, rank[_neighbours(x_columns)]), _neighbours(both))
+
+
+def foci(
+    features: Any,
+    response: Any,
+    early_stop: bool = True,
+    noise: float = 0.0,
+    seed: int = 0,
+    max_features: int | None = None,
+) -> Foci:
+    """Greedy selection: add the feature with the largest T(Y, feature | chosen) until none adds anything.
+
+    Features are compared as they are: scale them first if their units differ. The lowest column wins a tie. A
+    constant column tells nothing about Y and is never chosen. A constant response has no score above 0.
+
+    Args:
+        features: [n, p] (or [n]); NumPy or torch. float32 keeps its distances in float32, half precision is
+            widened to float32, all else to float64.
+        response: Y [n] (or [n, 1]).
+        early_stop: stop when the best T is 0 or less; otherwise go on to ``max_features``.
+        noise: standard deviation of Gaussian noise added to each column, as a share of the column's own
+            standard deviation; breaks ties at random instead of by row index.
+        seed: of that noise.
+        max_features: how many to choose at most; all by default.
+
+    Returns:
+        :class:`Foci`; its first score is the unconditional T(Y, feature).
+
+    Raises:
+        ValueError: fewer than 2 rows, different numbers of rows, NaN or Inf (the column is named),
+            ``noise`` < 0 or not finite, ``max_features`` < 0.
+        TypeError: complex or non-numeric input.
+
+    Cost: per feature chosen, n^2 p multiply-adds; n^2 + 2^20 distances held.
+    Source: Azadkia & Chatterjee 2021, section 5; Mehta et al. 2022 for the noise.
+    """
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise must be a finite number of 0 or more, got {noise}")
+    if max_features is not None and max_features < 0:
+        raise ValueError(f"max_features must be 0 or more, or None for all, got {max_features}")
+    x = _columns(features, "features")
+    y = _response(response, len(x), x.device)
+    n, p = x.shape
+    candidates = [j for j in range(p) if bool((x[:, j] != x[0, j]).any())]
+    if noise:
+        generator = torch.Generator().manual_seed(seed)
+        # Centred first: beside a large mean, a float32 column would round the noise away.
+        x = x - x.mean(0)
+        draws = torch.randn(n, p, generator=generator, dtype=x.dtype).to(x.device)
+        x = x + noise * x.std(0, correction=0) * draws
+    columns = x.T.contiguous()  # [p, n]: a feature is read as a whole
+    rank, above = _ranks(y)
+    distance = torch.zeros(n, n, dtype=x.dtype, device=x.device)
+    distance.fill_diagonal_(torch.inf)
+    chosen = Foci([], [])
+    limit = len(candidates) if max_features is None else min(max_features, len(candidates))
+    closest: Tensor | None = None  # min(R_i, R_N(i)) over the chosen features
+    while len(chosen.indices) < limit:
+        best, score = -1, -float("inf")
+        best_neighbours = rank
+        for j in candidates:
+            neighbours = _add_feature(distance, columns[j])
+            t = (
+                _unconditional(rank, above, neighbours)
+                if closest is None
+                else _conditional(rank, closest, neighbours)
+            )
+            if t > score:
+                best, score, best_neighbours = j, t, neighbours
+        if early_stop and score <= 0:
+            break
+        chosen.indices.append(best)
+        chosen.scores.append(score)
+        candidates.remove(best)
+        closest = torch.minimum(rank, rank[best_neighbours])
+        _add_feature(distance, columns[best], keep=True)
+    return chosen
+
+
+def unit_activations(
+    model: nn.Module, batch: Batch | Tensor, layers: Sequence[str] | None = None
+) -> UnitActivations:
+    """Mean activation per sample of every output unit of a Linear and every filter of a convolution.
+
+    Positions (sequence, height, width) are averaged, and so are the calls of a layer that runs more than
+    once. The model runs in eval mode without gradients; modes, hooks and random state are put back.
+
+    Args:
+        model: any module.
+        batch: a :class:`~fastunlearn.data.Batch`, or the inputs alone as one tensor [N, ...].
+        layers: names of Linear, Conv1d or Conv2d layers; all by default.
+
+    Returns:
+        :class:`UnitActivations`; layers that were never called have no column.
+
+    Raises:
+        ValueError: an unknown layer; a layer whose output does not have the N samples first; no layer was
+            called.
+
+    Cost: one forward pass; N * units elements held. Source: arXiv 2204.07655, section 4.
+    """
+    if isinstance(batch, Tensor):
+        batch = Batch((batch,), {}, None, len(batch))
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    unknown = [name for name in layers or () if name not in found]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))} is not a Linear, Conv1d or Conv2d layer; "
+            f"the model has {', '.join(map(repr, found)) or 'none'}"
+        )
+    chosen = found if layers is None else {name: found[name] for name in layers}
+    names = {id(module): name for name, module in chosen.items()}
+    sums: dict[str, tuple[Tensor, int]] = {}
+    size = batch.size
+
+    def on_call(call: Call) -> None:
+        name = names[id(call.module)]
+        output: Tensor = call.output
+        if output.dim() < 2 or len(output) != size:
+            raise ValueError(
+                f"layer {name} returns {list(output.shape)} for a batch of {size} samples; "
+                "unit activations need the samples along its first axis"
+            )
+        if isinstance(call.module, nn.Linear):
+            mean = output.reshape(size, -1, output.shape[-1]).mean(1)
+        else:
+            mean = output.flatten(2).mean(2)
+        before, calls = sums.get(name, (torch.zeros_like(mean), 0))
+        sums[name] = (before + mean, calls + 1)
+
+    with preserved(model), torch.no_grad():
+        model.eval()
+        with recording(chosen.values(), on_call):
+            outputs = batch.outputs(model)
+    # In the model's own order, whatever the order of the calls.
+    seen = [name for name in chosen if name in sums]
+    if not seen:
+        raise ValueError("the forward pass called none of the layers, so there are no units to record")
+    units = [(name, unit) for name in seen for unit in range(sums[name][0].shape[1])]
+    return UnitActivations(torch.cat([sums[name][0] / sums[name][1] for name in seen], 1), units, outputs)
+
+
+def _columns(values: Any, name: str) -> Tensor:
+    """values as [n, columns] in float32 or float64, every column finite."""
+    columns = torch.as_tensor(values).detach()
+    if columns.is_complex():
+        raise TypeError(f"{name} must be real, got {columns.dtype}")
+    if columns.dim() not in (1, 2):
+        raise ValueError(f"{name} must be [n] or [n, columns], got shape {list(columns.shape)}")
+    half = columns.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half or columns.dtype == torch.float32 else torch.float64
+    columns = (
+        columns.reshape(len(columns), -1).to(dtype) if columns.numel() else columns.reshape(len(columns), 0)
+    )
+    if len(columns) < 2:
+        raise ValueError(f"{name} has {len(columns)} row(s); a nearest neighbour needs at least 2")
+    bad = ~torch.isfinite(columns).all(0)
+    if bool(bad.any()):
+        raise ValueError(f"column {int(bad.nonzero()[0])} of {name} holds NaN or Inf")
+    # Squares of float32 beyond these would overflow, or vanish and look like ties.
+    if columns.dtype == torch.float32 and columns.numel() and not 1e-12 < float(columns.abs().max()) < 1e12:
+        columns = columns.double()
+    return columns
+
+
+def _response(values: Any, rows: int, device: torch.device) -> Tensor:
+    """Y as [n] in its own precision: ranks must not depend on any rounding of ours."""
+    y = torch.as_tensor(values).detach().to(device)
+    if y.is_complex():
+        raise TypeError(f"response must be real, got {y.dtype}")
+    if y.dim() == 0 or y.numel() != len(y):
+        raise ValueError(f"response must be [n] or [n, 1], got shape {list(y.shape)}")
+    if len(y) != rows:
+        raise ValueError(
+            f"response has {len(y)} rows and the features have {rows}; one row per sample in both"
+        )
+    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+        raise ValueError("response holds NaN or Inf")
+    return y.reshape(-1)
+
+
+def _ranks(y: Tensor) -> tuple[Tensor, Tensor]:
+    """R_i = how many y_j <= y_i and L_i = how many y_j >= y_i, int64."""
+    ordered = y.sort().values
+    return torch.searchsorted(ordered, y, right=True), len(y) - torch.searchsorted(ordered, y)
+
+
+def _unconditional(rank: Tensor, above: Tensor, neighbours: Tensor) -> float:
+    # Integers throughout, so the sums are exact up to n = 2e6 rows.
+    n = len(rank)
+    denominator = int((above * (n - above)).sum())
+    numerator = int((n * torch.minimum(rank, rank[neighbours]) - above.square()).sum())
+    return numerator / denominator if denominator else 0.0
+
+
+def _conditional(rank: Tensor, closest: Tensor, neighbours: Tensor) -> float:
+    denominator = int((rank - closest).sum())
+    numerator = int((torch.minimum(rank, rank[neighbours]) - closest).sum())
+    return numerator / denominator if denominator else 0.0
+
+
+def _neighbours(columns: Tensor) -> Tensor:
+    """Nearest other row of every row of [n, q], the lowest index among equals; in blocks, never n x n."""
+    n = len(columns)
+    block = max(1, _BLOCK // n)
+    nearest = []
+    for start in range(0, n, block):
+        rows = columns[start : start + block]
+        distance = torch.zeros(len(rows), n, dtype=columns.dtype, device=columns.device)
+        distance.diagonal(offset=start).fill_(torch.inf)
+        for j in range(columns.shape[1]):
+            distance += (rows[:, j, None] - columns[None, :, j]).square_()
+        nearest.append(distance.argmin(1))
+    return torch.cat(nearest)
+
+
+def _add_feature(distance: Tensor, column: Tensor, keep: bool = False) -> Tensor:
+    """Nearest neighbours [n] once ``column`` [n] has joined the features behind ``distance`` [n, n].
+
+    ``keep`` adds the column to ``distance`` for good. The diagonal is infinite: no row is its own neighbour.
+    """
+    n = len(column)
+    block = max(1, _BLOCK // n)
+    nearest = []
+    for start in range(0, n, block):
+        difference = column[start : start + block, None] - column
+        rows = distance[start : start + block]
+        joined = torch.addcmul(rows, difference, difference, out=rows if keep else None)
+        nearest.append(joined.argmin(1))
+    return torch.cat(nearest)
