@@ -6,6 +6,7 @@
 #include <cstdint>
 
 namespace fastunlearn {
+namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 inline constexpr int kReduceThreads = 256;
 
@@ -28,4 +29,5 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+}  // namespace
 }  // namespace fastunlearn

@@ -7,6 +7,7 @@
 #include "fisher/sq_grad_channels.h"
 
 namespace fastunlearn {
+namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 template <bool kWithNormalized, typename Scalar>
 __device__ __forceinline__ Accumulator<Scalar> channel_term(const Scalar* grad, const Scalar* normalized,
@@ -90,4 +91,5 @@ __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
   if (lane == 0) store_split(out, plan, split, shape.channels, channel, squares.value());
 }
 
+}  // namespace
 }  // namespace fastunlearn

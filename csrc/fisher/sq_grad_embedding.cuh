@@ -6,6 +6,7 @@
 #include "fisher/sq_grad_embedding.h"
 
 namespace fastunlearn {
+namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 // blockIdx.x = place * chunks + chunk; a place is an index into the sorted ids.
 template <typename Scalar>
@@ -36,4 +37,5 @@ __global__ void __launch_bounds__(kEmbeddingThreads)
   out[id * shape.features + feature] += squares.value();
 }
 
+}  // namespace
 }  // namespace fastunlearn

@@ -15,6 +15,7 @@
 #include "fisher/sq_grad_tile.h"
 
 namespace fastunlearn {
+namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 // +1 keeps the writes of an operand with contiguous positions free of bank conflicts.
 template <typename Acc>
@@ -181,4 +182,5 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+}  // namespace
 }  // namespace fastunlearn

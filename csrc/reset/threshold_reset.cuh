@@ -6,6 +6,7 @@
 #include "reset/threshold_reset.h"
 
 namespace fastunlearn {
+namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 struct ListChunk {
   int entry;
@@ -83,4 +84,5 @@ __global__ void __launch_bounds__(kListThreads) mask_grads_kernel(MaskGradsParam
   }
 }
 
+}  // namespace
 }  // namespace fastunlearn

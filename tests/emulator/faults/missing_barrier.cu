@@ -1,24 +1,38 @@
-// A shared-memory reduction. Without -DFIXED the barrier after the first store is missing: ThreadSanitizer must say so.
+// Sums 64 numbers in shared memory, then hands the sum to everyone. Two barriers belong here; with
+// -DFIXED both are there, with -DREDUCTION or -DBROADCAST the one of that name is missing.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
-__global__ void sum_kernel(const float* in, float* out) {
-  __shared__ float partial[128];
-  partial[threadIdx.x] = in[threadIdx.x];
-#ifdef FIXED
+constexpr unsigned kThreads = 64;
+
+__global__ void sum_kernel(int* out) {
+  __shared__ int tile[kThreads];
+  const unsigned tid = threadIdx.x;
+  tile[tid] = static_cast<int>(tid);
+  __syncthreads();
+  for (unsigned stride = kThreads / 2; stride > 0; stride /= 2) {
+    if (tid < stride) tile[tid] += tile[tid + stride];
+#ifndef REDUCTION
+    __syncthreads();
+#endif
+  }
+  __syncthreads();
+  // Thread 0 writes, and is at the last barrier before the others have left the one above: a
+  // scheduler with one clock for all barriers would hide this race from ThreadSanitizer.
+  if (tid == 0) tile[1] = tile[0];
+#ifndef BROADCAST
   __syncthreads();
 #endif
-  for (unsigned half = 64; half > 0; half /= 2) {
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) *out = partial[0];
+  out[tid] = tile[1];
+  __syncthreads();
 }
 
 int main() {
-  float in[128], out = 0;
-  for (int i = 0; i < 128; ++i) in[i] = static_cast<float>(i);
-  emulator::launch(1, 128, 0, [&] { sum_kernel(in, &out); });
-  std::printf("%g\n", static_cast<double>(out));
+  int out[kThreads];
+  int* pointer = out;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    emulator::launch(1, kThreads, 0, [=] { sum_kernel(pointer); });
+  }
+  std::printf("sum %d\n", out[kThreads - 1]);
 }

@@ -1,19 +1,24 @@
-// Lanes exchange through shared memory. Without -DFIXED nothing orders the store of one lane and the load of the next.
+// Lanes of one warp swap through shared memory. -DFIXED: __syncwarp of the whole warp between write
+// and read. -DHALVES: each half of the warp synchronises with itself only. Otherwise: nothing.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
-__global__ void rotate_kernel(int* out) {
-  __shared__ int values[32];
-  values[threadIdx.x] = static_cast<int>(threadIdx.x);
-#ifdef FIXED
+__global__ void swap_kernel(int* out) {
+  __shared__ int tile[warpSize];
+  const int lane = static_cast<int>(threadIdx.x);
+  tile[lane] = lane * lane;
+#if defined(FIXED)
   __syncwarp();
+#elif defined(HALVES)
+  __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
 #endif
-  out[threadIdx.x] = values[(threadIdx.x + 1) % 32];
+  out[lane] = tile[lane ^ 16];
 }
 
 int main() {
-  int out[32];
-  emulator::launch(1, 32, 0, [&] { rotate_kernel(out); });
-  std::printf("%d\n", out[0]);
+  int out[warpSize];
+  int* pointer = out;
+  emulator::launch(1, warpSize, 0, [=] { swap_kernel(pointer); });
+  std::printf("swapped %d\n", out[0]);
 }

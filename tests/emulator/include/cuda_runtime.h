@@ -1,200 +1,407 @@
-// CUDA for a CPU, for tests: the part of <cuda_runtime.h> that the kernels use, with every CUDA thread a fiber.
+// The part of CUDA that our kernels use, on the CPU. Found before the real header in a build with
+// -DFASTUNLEARN_EMULATED; the meaning of every name is NVIDIA's, and any program that compiles
+// against this header compiles with nvcc (tests/test_emulator.py holds us to that).
 //
-// Found before the real header by -I; sources compile as C++20 with -DFASTUNLEARN_EMULATED. One block runs at a
-// time and its fibers switch only at barriers and warp collectives, so runs are repeatable.
+// A block is a set of fibers, one per CUDA thread, that run in turn on the launching OS thread and
+// change places only where a thread waits for others: at a barrier or a warp collective.
 #pragma once
 
-#include <algorithm>
+#include <math.h>  // CUDA puts sqrtf, fmaf and friends in the global namespace.
+
 #include <bit>
-#include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <functional>
+#include <cstring>
+#include <source_location>
 #include <type_traits>
 
 #define __global__
 #define __device__
 #define __host__
 #define __constant__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
-// One block at a time: a block's shared memory can be a static variable of the kernel.
+#define __launch_bounds__(...)
+// One block runs at a time, so one copy per kernel is a copy per block.
 #define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __forceinline__ inline __attribute__((always_inline))
+// Empty: libstdc++ writes __attribute__((__noinline__)), which any other expansion would break.
+#define __noinline__
 
-using std::max;
-using std::min;
+// ---------------------------------------------------------------------------------- vector types
+
+#define EMULATOR_VECTOR2(Name, T, Alignment) \
+  struct alignas(Alignment) Name {           \
+    T x, y;                                  \
+  };                                         \
+  inline Name make_##Name(T x, T y) { return Name{x, y}; }
+#define EMULATOR_VECTOR4(Name, T) \
+  struct alignas(16) Name {       \
+    T x, y, z, w;                 \
+  };                              \
+  inline Name make_##Name(T x, T y, T z, T w) { return Name{x, y, z, w}; }
+
+EMULATOR_VECTOR2(int2, int, 8)
+EMULATOR_VECTOR2(uint2, unsigned, 8)
+EMULATOR_VECTOR2(float2, float, 8)
+EMULATOR_VECTOR2(double2, double, 16)
+EMULATOR_VECTOR4(int4, int)
+EMULATOR_VECTOR4(uint4, unsigned)
+EMULATOR_VECTOR4(float4, float)
 
 struct uint3 {
   unsigned x, y, z;
 };
+
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-#define EMULATOR_VECTOR(name, type, count, alignment, ...) \
-  struct alignas(alignment) name {                         \
-    type __VA_ARGS__;                                      \
-  };
-EMULATOR_VECTOR(int2, int, 2, 8, x, y)
-EMULATOR_VECTOR(int4, int, 4, 16, x, y, z, w)
-EMULATOR_VECTOR(uint2, unsigned, 2, 8, x, y)
-EMULATOR_VECTOR(uint4, unsigned, 4, 16, x, y, z, w)
-EMULATOR_VECTOR(float2, float, 2, 8, x, y)
-EMULATOR_VECTOR(float4, float, 4, 16, x, y, z, w)
-EMULATOR_VECTOR(double2, double, 2, 16, x, y)
-#undef EMULATOR_VECTOR
+// The running thread's own; the scheduler rewrites them whenever it changes fibers.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
 
-// ---- the runtime library ---------------------------------------------------------------------------------------
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-};
-using cudaStream_t = struct CUstream_st*;
-
-cudaError_t cudaGetLastError();
-const char* cudaGetErrorString(cudaError_t error);
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
-cudaError_t cudaDeviceSynchronize();
-
-// ---- launching -------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------- the emulator
 
 namespace emulator {
 
-inline constexpr int kWarpSize = 32;
-inline constexpr unsigned kFullMask = 0xffffffffu;
+// Where a thread waits: the line in the kernel, for the deadlock report.
+using Site = std::source_location;
 
-// Runs `body` once per thread of every block. FASTUNLEARN_EMULATOR_ORDER=reverse runs blocks and threads from the
-// last to the first: a result that changes depends on an order that CUDA does not promise.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// What one lane may hand to its warp: enough for its share of an mma tile.
+struct alignas(16) Slot {
+  std::byte bytes[64];
+};
 
-const uint3& thread_index();
-const uint3& block_index();
-const dim3& block_size();
-const dim3& grid_size();
-void* dynamic_shared();  // exactly shared_bytes, 0xff in every byte at the start of a block
-void require(bool condition, const char* what);
+// Waits until every lane in `mask` has called with the same name and mask, then returns the slots
+// of all 32 lanes. They stay until this thread's next collective. Lanes that `mask` does not name
+// read as 0xFF bytes, which is a NaN in every floating-point type.
+const Slot* meet_warp(const char* name, unsigned mask, const Slot& slot, Site site);
 
-enum class Vote { kNone, kAny, kAll, kCount };
-int block_barrier(Vote vote, int predicate);
+struct Votes {
+  unsigned in_favour, cast;
+};
+// Waits until every live thread of the block has called from the same place.
+Votes meet_block(const char* name, bool vote, Site site);
 
-// Every lane named in `mask` hands over 64 bits; returns where the 32 values lie until the next collective.
-const uint64_t* exchange(unsigned mask, uint64_t value);
-int lane();
-
+// The values that the lanes of a warp handed to a collective.
 template <typename T>
-uint64_t to_bits(T value) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &value, sizeof value);
-  return bits;
+class Lanes {
+ public:
+  explicit Lanes(const Slot* slots) : slots_(slots) {}
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, slots_[lane].bytes, sizeof(T));
+    return value;
+  }
+
+ private:
+  const Slot* slots_;
+};
+
+// Every lane hands in `value` and sees everyone's: the one primitive behind all warp collectives,
+// public so that an emulated mma.sync can be built on it.
+template <typename T>
+Lanes<T> gather_warp(const char* name, unsigned mask, const T& value, Site site = Site::current()) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(Slot));
+  Slot slot = {};
+  std::memcpy(slot.bytes, &value, sizeof(T));
+  return Lanes<T>(meet_warp(name, mask, slot, site));
 }
 
-template <typename T>
-T from_bits(uint64_t bits) {
-  T value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
+// The lane of the running thread in its warp.
+inline unsigned lane() {
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;
 }
 
-// A shuffle: `source` is a lane, and lanes outside `width` or the mask keep their own value.
-template <typename T>
-T shuffle(unsigned mask, T value, int source, bool valid) {
-  const uint64_t* values = exchange(mask, to_bits(value));
-  return valid ? from_bits<T>(values[source]) : value;
+// Dynamic shared memory of the running block: exactly the bytes asked for, 128-byte aligned.
+void* dynamic_shared();
+
+using KernelBody = void (*)(const void* closure);
+void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure);
+
+// Runs `kernel()` once per thread of the grid and returns when all are done. A geometry that a GPU
+// refuses is refused the same way: nothing runs and cudaGetLastError() tells.
+template <typename Kernel>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const Kernel& kernel) {
+  launch_grid(
+      grid, block, shared_bytes,
+      [](const void* closure) { (*static_cast<const Kernel*>(closure))(); }, &kernel);
 }
 
 }  // namespace emulator
 
-#define threadIdx (::emulator::thread_index())
-#define blockIdx (::emulator::block_index())
-#define blockDim (::emulator::block_size())
-#define gridDim (::emulator::grid_size())
-#define warpSize (::emulator::kWarpSize)
+// ------------------------------------------------------------------------ barriers and collectives
 
-// ---- barriers and warp collectives -----------------------------------------------------------------------------
+inline void __syncthreads(emulator::Site site = emulator::Site::current()) {
+  emulator::meet_block("__syncthreads", true, site);
+}
+inline int __syncthreads_count(int predicate, emulator::Site site = emulator::Site::current()) {
+  return static_cast<int>(
+      emulator::meet_block("__syncthreads_count", predicate != 0, site).in_favour);
+}
+inline int __syncthreads_or(int predicate, emulator::Site site = emulator::Site::current()) {
+  return emulator::meet_block("__syncthreads_or", predicate != 0, site).in_favour != 0;
+}
+inline int __syncthreads_and(int predicate, emulator::Site site = emulator::Site::current()) {
+  const emulator::Votes votes = emulator::meet_block("__syncthreads_and", predicate != 0, site);
+  return votes.in_favour == votes.cast;
+}
 
-inline void __syncthreads() { emulator::block_barrier(emulator::Vote::kNone, 0); }
-inline int __syncthreads_or(int p) { return emulator::block_barrier(emulator::Vote::kAny, p); }
-inline int __syncthreads_and(int p) { return emulator::block_barrier(emulator::Vote::kAll, p); }
-inline int __syncthreads_count(int p) { return emulator::block_barrier(emulator::Vote::kCount, p); }
-inline void __syncwarp(unsigned mask = emulator::kFullMask) { emulator::exchange(mask, 0); }
+// Fences order memory but synchronise nobody. Fibers see each other's writes in program order, and
+// a kernel that mistakes a fence for a barrier must still look racy to ThreadSanitizer.
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* votes = emulator::exchange(mask, predicate != 0);
-  unsigned ballot = 0;
-  for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
-    if (mask >> lane & 1) ballot |= static_cast<unsigned>(votes[lane]) << lane;
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       emulator::Site site = emulator::Site::current()) {
+  emulator::meet_warp("__syncwarp", mask, {}, site);
+}
+
+namespace emulator {
+inline unsigned ballot(const char* name, unsigned mask, int predicate, Site site) {
+  const auto lanes = gather_warp(name, mask, predicate != 0, site);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0 && lanes[lane]) bits |= 1u << lane;
   }
-  return ballot;
+  return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+}  // namespace emulator
 
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
-  const int first = emulator::lane() / width * width;
-  return emulator::shuffle(mask, value, first + source % width, true);
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              emulator::Site site = emulator::Site::current()) {
+  return emulator::ballot("__ballot_sync", mask, predicate, site);
 }
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
-  const int source = emulator::lane() - static_cast<int>(delta);
-  return emulator::shuffle(mask, value, source, source >= emulator::lane() / width * width);
+inline int __any_sync(unsigned mask, int predicate,
+                      emulator::Site site = emulator::Site::current()) {
+  return emulator::ballot("__any_sync", mask, predicate, site) != 0;
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
-  const int source = emulator::lane() + static_cast<int>(delta);
-  return emulator::shuffle(mask, value, source, source < (emulator::lane() / width + 1) * width);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
-  const int source = emulator::lane() ^ lanes;
-  return emulator::shuffle(mask, value, source, source < (emulator::lane() / width + 1) * width);
+inline int __all_sync(unsigned mask, int predicate,
+                      emulator::Site site = emulator::Site::current()) {
+  return emulator::ballot("__all_sync", mask, predicate, site) == mask;
 }
 
-// ---- atomics, as sanitizers know them --------------------------------------------------------------------------
+// Source lanes as in the PTX manual for shfl.sync: `width` cuts the warp into segments, and a
+// source that up, down or xor would take from beyond the segment's end is the thread's own lane.
+#define EMULATOR_SHUFFLES(T)                                                                     \
+  inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize,                 \
+                       emulator::Site site = emulator::Site::current()) {                        \
+    const unsigned within = static_cast<unsigned>(width) - 1, lane = emulator::lane();           \
+    return emulator::gather_warp(                                                                \
+        "__shfl_sync", mask, value,                                                              \
+        site)[(lane & ~within) | (static_cast<unsigned>(source) & within)];                      \
+  }                                                                                              \
+  inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,          \
+                          emulator::Site site = emulator::Site::current()) {                     \
+    const unsigned within = static_cast<unsigned>(width) - 1, lane = emulator::lane();           \
+    delta %= warpSize;                                                                           \
+    return emulator::gather_warp("__shfl_up_sync", mask, value,                                  \
+                                 site)[(lane & within) >= delta ? lane - delta : lane];          \
+  }                                                                                              \
+  inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,        \
+                            emulator::Site site = emulator::Site::current()) {                   \
+    const unsigned within = static_cast<unsigned>(width) - 1, lane = emulator::lane();           \
+    delta %= warpSize;                                                                           \
+    return emulator::gather_warp("__shfl_down_sync", mask, value,                                \
+                                 site)[(lane & within) + delta <= within ? lane + delta : lane]; \
+  }                                                                                              \
+  inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,          \
+                           emulator::Site site = emulator::Site::current()) {                    \
+    const unsigned within = static_cast<unsigned>(width) - 1, lane = emulator::lane();           \
+    const unsigned source = lane ^ (static_cast<unsigned>(lane_mask) % warpSize);                \
+    return emulator::gather_warp("__shfl_xor_sync", mask, value,                                 \
+                                 site)[source <= (lane | within) ? source : lane];               \
+  }
+EMULATOR_SHUFFLES(int)
+EMULATOR_SHUFFLES(unsigned)
+EMULATOR_SHUFFLES(long)
+EMULATOR_SHUFFLES(unsigned long)
+EMULATOR_SHUFFLES(long long)
+EMULATOR_SHUFFLES(unsigned long long)
+EMULATOR_SHUFFLES(float)
+EMULATOR_SHUFFLES(double)
 
-template <typename T, typename Next>
-T emulator_atomic(T* address, Next next) {
+// ---------------------------------------------------------------------------------------- atomics
+
+namespace emulator {
+
+template <typename T, typename... Choices>
+concept OneOf = (std::same_as<T, Choices> || ...);
+template <typename T>
+concept AtomicInteger = OneOf<T, int, unsigned, unsigned long long>;
+template <typename T>
+concept AtomicNumber = AtomicInteger<T> || OneOf<T, float, double>;
+
+// *address = update(*address); returns what was there. Relaxed, as on the GPU: an atomic by itself
+// orders nothing else, and ThreadSanitizer is told exactly that.
+template <typename T, typename Update>
+T update_atomically(T* address, Update update) {
   T old, desired;
   __atomic_load(address, &old, __ATOMIC_RELAXED);
-  do desired = next(old);
-  while (!__atomic_compare_exchange(address, &old, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  do {
+    desired = update(old);
+  } while (!__atomic_compare_exchange(address, &old, &desired, /*weak=*/false, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED));
   return old;
 }
-template <typename T>
+
+}  // namespace emulator
+
+// std::type_identity_t: the address alone decides the type, as with CUDA's overloads.
+template <emulator::AtomicNumber T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
-  return emulator_atomic(address, [=](T old) { return static_cast<T>(old + value); });
+  return emulator::update_atomically(address, [=](T old) -> T {
+    if constexpr (std::same_as<T, int>) {
+      return static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value));  // wraps
+    } else {
+      return old + value;
+    }
+  });
 }
-template <typename T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  return emulator_atomic(address, [=](T old) { return std::max(old, value); });
-}
-template <typename T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  return emulator_atomic(address, [=](T old) { return std::min(old, value); });
-}
-template <typename T>
+template <emulator::AtomicInteger T>
 T atomicOr(T* address, std::type_identity_t<T> value) {
-  return emulator_atomic(address, [=](T old) { return static_cast<T>(old | value); });
+  return emulator::update_atomically(address, [=](T old) { return old | value; });
+}
+template <emulator::AtomicInteger T>
+T atomicAnd(T* address, std::type_identity_t<T> value) {
+  return emulator::update_atomically(address, [=](T old) { return old & value; });
+}
+template <emulator::AtomicInteger T>
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  return emulator::update_atomically(address, [=](T old) { return old < value ? value : old; });
+}
+template <emulator::AtomicInteger T>
+T atomicMin(T* address, std::type_identity_t<T> value) {
+  return emulator::update_atomically(address, [=](T old) { return value < old ? value : old; });
+}
+template <typename T>
+  requires emulator::AtomicInteger<T> || std::same_as<T, float>
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  return emulator::update_atomically(address, [=](T) { return value; });
+}
+template <emulator::AtomicInteger T>
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired) {
+  return emulator::update_atomically(address,
+                                     [=](T old) { return old == expected ? desired : old; });
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------- intrinsics
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
+inline unsigned __brev(unsigned x) {
+  unsigned reversed = 0;
+  for (int bit = 0; bit < 32; ++bit) reversed |= (x >> bit & 1u) << (31 - bit);
+  return reversed;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+
+// Compile with -ffp-contract=off: the whole point of these is that nothing fuses them.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
-[[noreturn]] inline void __trap() { std::abort(); }
+
+[[noreturn]] inline void __trap() { __builtin_trap(); }
+
+#define EMULATOR_MIN_MAX(T)                           \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
+  constexpr T max(T a, T b) { return a < b ? b : a; }
+EMULATOR_MIN_MAX(int)
+EMULATOR_MIN_MAX(unsigned)
+EMULATOR_MIN_MAX(long)
+EMULATOR_MIN_MAX(unsigned long)
+EMULATOR_MIN_MAX(long long)
+EMULATOR_MIN_MAX(unsigned long long)
+// A NaN loses against a number, as on the GPU.
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
+
+#undef EMULATOR_VECTOR2
+#undef EMULATOR_VECTOR4
+#undef EMULATOR_SHUFFLES
+#undef EMULATOR_MIN_MAX
+
+// --------------------------------------------------------------------------------------- host API
+
+// Numbers as in the CUDA runtime.
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault,
+};
+using cudaStream_t = struct CUstream_st*;
+
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// Everything is done when a call returns, so streams are names only.
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
+cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream = nullptr);
+cudaError_t cudaMalloc(void** memory, size_t bytes);
+template <typename T>
+cudaError_t cudaMalloc(T** memory, size_t bytes) {
+  return cudaMalloc(reinterpret_cast<void**>(memory), bytes);
+}
+cudaError_t cudaFree(void* memory);
