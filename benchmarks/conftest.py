@@ -35,7 +35,12 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
                 times[name].append(_timed(function))
         medians = {name: statistics.median(values) for name, values in times.items()}
         benchmark.extra_info.update(
-            {"device": DEVICE, "torch": torch.__version__, "threads": torch.get_num_threads(), "medians": medians}
+            {
+                "device": DEVICE,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "medians": medians,
+            }
         )
         benchmark.pedantic(lambda: _timed(ours), rounds=rounds)
         cells = ", ".join(f"{name} {1e3 * t:.2f} ms ({t / medians['ours']:.2f}x)" for name, t in medians.items())

@@ -1,5 +1,5 @@
-// fastunlearn._C: importing it registers the operators. What Python sees of it is how it was built, and the
-// launch planners, so that they can be tested without a GPU.
+// fastunlearn._C: importing it registers the operators. What Python sees of it is how it was built,
+// and the launch planners, so that they can be tested without a GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,10 +21,11 @@ py::dict build_info() {
 
 py::dict plan_sq_grad(int64_t groups, int64_t samples, int64_t positions, int64_t out_features,
                       int64_t in_features, int64_t multiprocessors) {
-  const auto plan = fastunlearn::plan_sq_grad({groups, samples, positions, out_features, in_features},
-                                              multiprocessors);
-  return py::dict("tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in, "splits"_a = plan.splits,
-                  "samples_per_split"_a = plan.samples_per_split, "blocks"_a = plan.blocks);
+  const auto plan = fastunlearn::plan_sq_grad(
+      {groups, samples, positions, out_features, in_features}, multiprocessors);
+  return py::dict("tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
+                  "splits"_a = plan.splits, "samples_per_split"_a = plan.samples_per_split,
+                  "blocks"_a = plan.blocks);
 }
 
 py::dict plan_sq_grad_channels(int64_t samples, int64_t outer, int64_t channels, int64_t inner,
@@ -46,12 +47,14 @@ py::list plan_tensor_list(const std::vector<int64_t>& sizes, int64_t max_blocks)
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled operators of fastunlearn (torch.ops.fastunlearn) and their launch planners.";
+  m.doc() =
+      "The compiled operators of fastunlearn (torch.ops.fastunlearn) and their launch planners.";
   m.def("build_info", &build_info, "How this library was built.");
   m.def("plan_sq_grad", &plan_sq_grad, "groups"_a, "samples"_a, "positions"_a, "out_features"_a,
-        "in_features"_a, "multiprocessors"_a, "Tiles and splits of sq_grad_linear and sq_grad_conv2d.");
-  m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a, "inner"_a,
-        "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
+        "in_features"_a, "multiprocessors"_a,
+        "Tiles and splits of sq_grad_linear and sq_grad_conv2d.");
+  m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a,
+        "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
   m.def("plan_tensor_list", &plan_tensor_list, "sizes"_a, "max_blocks"_a = INT32_MAX,
         "Launches of threshold_reset_ and mask_grads_ over a list of tensors.");
 }

@@ -1,4 +1,5 @@
-// Every operator's schema. One line of contract above each; fastunlearn/ops.py documents them for users.
+// Every operator's schema. One line of contract above each; fastunlearn/ops.py documents them for
+// users.
 #include <torch/csrc/stable/library.h>
 
 #include "common/names.h"

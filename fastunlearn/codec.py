@@ -79,9 +79,7 @@ def codec(response: Any, z: Any, given: Any | None = None) -> float:
         return _unconditional(rank, above, _neighbours(z_columns))
     x_columns = _columns(given, "given").to(z_columns.device)
     if len(x_columns) != len(z_columns):
-        raise ValueError(
-            f"z has {len(z_columns)} rows and given has {len(x_columns)}; one row per sample in both"
-        )
+        raise ValueError(f"z has {len(z_columns)} rows and given has {len(x_columns)}; one row per sample in both")
     if x_columns.shape[1] == 0:
         return _unconditional(rank, above, _neighbours(z_columns))
     dtype = torch.promote_types(z_columns.dtype, x_columns.dtype)
@@ -149,11 +147,7 @@ def foci(
         best_neighbours = rank
         for j in candidates:
             neighbours = _add_feature(distance, columns[j])
-            t = (
-                _unconditional(rank, above, neighbours)
-                if closest is None
-                else _conditional(rank, closest, neighbours)
-            )
+            t = _unconditional(rank, above, neighbours) if closest is None else _conditional(rank, closest, neighbours)
             if t > score:
                 best, score, best_neighbours = j, t, neighbours
         if early_stop and score <= 0:
@@ -166,9 +160,7 @@ def foci(
     return chosen
 
 
-def unit_activations(
-    model: nn.Module, batch: Batch | Tensor, layers: Sequence[str] | None = None
-) -> UnitActivations:
+def unit_activations(model: nn.Module, batch: Batch | Tensor, layers: Sequence[str] | None = None) -> UnitActivations:
     """Mean activation per sample of every output unit of a Linear and every filter of a convolution.
 
     Positions (sequence, height, width) are averaged, and so are the calls of a layer that runs more than
@@ -191,9 +183,7 @@ def unit_activations(
     if isinstance(batch, Tensor):
         batch = Batch((batch,), {}, None, len(batch))
     found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     }
     unknown = [name for name in layers or () if name not in found]
     if unknown:
@@ -242,9 +232,7 @@ def _columns(values: Any, name: str) -> Tensor:
         raise ValueError(f"{name} must be [n] or [n, columns], got shape {list(columns.shape)}")
     half = columns.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half or columns.dtype == torch.float32 else torch.float64
-    columns = (
-        columns.reshape(len(columns), -1).to(dtype) if columns.numel() else columns.reshape(len(columns), 0)
-    )
+    columns = columns.reshape(len(columns), -1).to(dtype) if columns.numel() else columns.reshape(len(columns), 0)
     if len(columns) < 2:
         raise ValueError(f"{name} has {len(columns)} row(s); a nearest neighbour needs at least 2")
     bad = ~torch.isfinite(columns).all(0)
@@ -264,9 +252,7 @@ def _response(values: Any, rows: int, device: torch.device) -> Tensor:
     if y.dim() == 0 or y.numel() != len(y):
         raise ValueError(f"response must be [n] or [n, 1], got shape {list(y.shape)}")
     if len(y) != rows:
-        raise ValueError(
-            f"response has {len(y)} rows and the features have {rows}; one row per sample in both"
-        )
+        raise ValueError(f"response has {len(y)} rows and the features have {rows}; one row per sample in both")
     if y.is_floating_point() and not bool(torch.isfinite(y).all()):
         raise ValueError("response holds NaN or Inf")
     return y.reshape(-1)

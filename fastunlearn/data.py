@@ -31,9 +31,7 @@ class Batch:
 
     def __getitem__(self, samples: slice) -> Batch:
         """The same batch with only these samples."""
-        args, kwargs, targets = tree_map_only(
-            Tensor, lambda t: t[samples], (self.args, self.kwargs, self.targets)
-        )
+        args, kwargs, targets = tree_map_only(Tensor, lambda t: t[samples], (self.args, self.kwargs, self.targets))
         return Batch(args, kwargs, targets, len(range(self.size)[samples]))
 
 

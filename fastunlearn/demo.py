@@ -65,7 +65,7 @@ def small_cnn() -> nn.Module:
 
 def batches(x: Tensor, y: Tensor, size: int = 128) -> list[tuple[Tensor, Tensor]]:
     """In order, for every pass that only reads."""
-    return list(zip(x.split(size), y.split(size), strict=True))
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
 
 
 def shuffled(x: Tensor, y: Tensor, seed: int, size: int = 64) -> DataLoader[tuple[Tensor, ...]]:
@@ -111,7 +111,7 @@ def run(out: Path, seed: int, device: torch.device, console: Console) -> dict[st
             outcome = _unlearn(request, model, forget, retain, y, seed)
         counted = request.counts(digits.test[1])
         test = batches(digits.test[0][counted], digits.test[1][counted])
-        sets = {"forget": batches(*forget), "retain": batches(*retain), "test": test}
+        sets: dict[str, Any] = {"forget": batches(*forget), "retain": batches(*retain), "test": test}
         row = {
             "request": request.name,
             "method": outcome.as_dict(),
@@ -165,7 +165,12 @@ def requests(y: Tensor, seed: int) -> list[Request]:
             DeepClean(fraction=0.3, protect=(nn.BatchNorm2d,), finetune_epochs=5, lr=0.05, seed=seed),
             lambda labels: everything(labels, dtype=torch.bool),
         ),
-        Request("10 single samples", chosen(10), LCodec(seed=seed), lambda labels: everything(labels, dtype=torch.bool)),
+        Request(
+            "10 single samples",
+            chosen(10),
+            LCodec(seed=seed),
+            lambda labels: everything(labels, dtype=torch.bool),
+        ),
     ]
 
 
@@ -179,7 +184,7 @@ def _unlearn(
 ) -> Outcome:
     if isinstance(request.method, ClassForgetting):
         # The method needs few samples: an equal number of every class.
-        few = torch.cat([(retain[1] == c).nonzero().flatten()[:SAMPLES_PER_CLASS] for c in y.unique()])
+        few = torch.cat([(retain[1] == c).nonzero().flatten()[:SAMPLES_PER_CLASS] for c in torch.unique(y)])
         return request.method.unlearn(
             model,
             batches(forget[0][:SAMPLES_PER_CLASS], forget[1][:SAMPLES_PER_CLASS]),

@@ -398,9 +398,7 @@ def _parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
     return edges
 
 
-def _make_plan(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction | None, targets: dict[str, nn.Parameter]
-) -> _Plan:
+def _make_plan(model: nn.Module, batch: Batch, loss_fn: LossFunction | None, targets: dict[str, nn.Parameter]) -> _Plan:
     probe = _probe(model, batch, loss_fn)
     owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     modules = dict(model.named_modules())
@@ -524,9 +522,7 @@ def _add_batch(
     sums: dict[str, Tensor],
 ) -> None:
     records: dict[nn.Module, list[_Recorded]] = defaultdict(list)
-    with recording(
-        [unit.module for unit in plan.units], lambda call: records[call.module].append(_Recorded.of(call))
-    ):
+    with recording([unit.module for unit in plan.units], lambda call: records[call.module].append(_Recorded.of(call))):
         outputs = batch.outputs(model)
         targets = batch.targets if kind == "empirical" else _draw_labels(outputs, generator)
         losses = per_sample_loss(loss_fn, outputs, targets, batch.size)
@@ -555,9 +551,7 @@ def _draw_labels(outputs: Any, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
-def _add_ruled(
-    out: Tensor, users: Sequence[tuple[_Unit, str]], records: Mapping[nn.Module, list[_Recorded]]
-) -> None:
+def _add_ruled(out: Tensor, users: Sequence[tuple[_Unit, str]], records: Mapping[nn.Module, list[_Recorded]]) -> None:
     uses = []
     for unit, local in users:
         rule = _rule_of(unit.module)

@@ -107,9 +107,7 @@ def sq_grad_bias(out: Tensor, grad_output: Tensor, channel_dim: int = -1) -> Ten
     return out
 
 
-def sq_grad_embedding(
-    out: Tensor, indices: Tensor, grad_output: Tensor, padding_idx: int | None = None
-) -> Tensor:
+def sq_grad_embedding(out: Tensor, indices: Tensor, grad_output: Tensor, padding_idx: int | None = None) -> Tensor:
     """Add the squared per-sample gradients of an embedding table to ``out`` and return it.
 
     out[v, :] += sum_n (sum over t with indices[n, t] == v of grad_output[n, t, :])**2.

@@ -36,7 +36,7 @@ def sq_grad_conv2d(
     """The same over unfolded patches: out [Co, Ci/groups, kh, kw], input [N, Ci, H, W], grad_output [N, Co, Ho, Wo]."""
     samples, channels = input.shape[:2]
     patches = F.unfold(
-        input.to(out.dtype), list(out.shape[2:]), dilation=dilation, padding=padding, stride=stride
+        input.to(out.dtype), tuple(out.shape[2:]), tuple(dilation), tuple(padding), tuple(stride)
     )  # [N, Ci * kh * kw, T]
     a = patches.reshape(samples, groups, channels // groups * out.shape[2] * out.shape[3], patches.shape[2])
     g = grad_output.to(out.dtype).reshape(samples, groups, out.shape[0] // groups, patches.shape[2])
@@ -109,7 +109,8 @@ def spectral_filter(gram: Tensor, alpha: float) -> Tensor:
     values = values.clamp(min=0)
     total = values.sum()
     ratio = values / total if total > 0 else values
-    return (vectors * (alpha * ratio / ((alpha - 1) * ratio + 1))) @ vectors.mT
+    kept = alpha * ratio / ((alpha - 1) * ratio + 1)
+    return torch.matmul(vectors * kept, vectors.mT)
 
 
 def codec(response: Tensor, z: Tensor, given: Tensor | None = None) -> float:

@@ -477,11 +477,7 @@ def _require_alpha(alpha: float) -> None:
 def _require_fit(weight: Tensor, other: Tensor, what: str) -> None:
     if weight.dtype != other.dtype:
         raise TypeError(f"weight is {weight.dtype} and {what} is {other.dtype}; convert one of them")
-    if (
-        weight.dim() != other.dim()
-        or weight.shape[:-2] != other.shape[:-2]
-        or weight.shape[-1] != other.shape[-1]
-    ):
+    if weight.dim() != other.dim() or weight.shape[:-2] != other.shape[:-2] or weight.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"weight [..., p, d] and {what} must share the leading axes and d, "
             f"got {list(weight.shape)} and {list(other.shape)}"

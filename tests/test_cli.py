@@ -80,7 +80,11 @@ def test_doctor_says_what_each_operator_will_use() -> None:
         assert name in result.stdout
     if not torch.cuda.is_available():
         assert "usable here on CPU tensors" in result.stdout
-        assert "CPU build of torch" in result.stdout or "no GPU or no driver" in result.stdout or "CPU build" in result.stdout
+        assert (
+            "CPU build of torch" in result.stdout
+            or "no GPU or no driver" in result.stdout
+            or "CPU build" in result.stdout
+        )
 
 
 def test_doctor_works_where_there_is_no_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -89,9 +93,7 @@ def test_doctor_works_where_there_is_no_nvcc(monkeypatch: pytest.MonkeyPatch, ca
     assert "nvcc     not found" in capsys.readouterr().out
 
 
-def test_doctor_says_how_to_build_when_the_library_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_doctor_says_how_to_build_when_the_library_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def fail() -> Any:
         raise ImportError("fastunlearn is not built: run `pip install .`")
 

@@ -122,7 +122,12 @@ BAD: dict[str, tuple[dict[str, Any], Change, type[Exception], str]] = {
     "NaN weights": ({}, lambda m, f, r: (with_nan(m), f, r), ValueError, "holds NaN"),
     "train mode": ({}, lambda m, f, r: (m.train(), f, r), ValueError, "model.eval"),
     "mismatched shapes": ({}, lambda m, f, r: (m, [(x, y[:-1]) for x, y in f], r), ValueError, "first axis"),
-    "mismatched dtypes": ({}, lambda m, f, r: (m, f, [(x.double(), y) for x, y in r]), RuntimeError, "dtype|type"),
+    "mismatched dtypes": (
+        {},
+        lambda m, f, r: (m, f, [(x.double(), y) for x, y in r]),
+        RuntimeError,
+        "dtype|type",
+    ),
     "unknown name": ({"protect": ("nowhere",)}, lambda m, f, r: (m, f, r), ValueError, "nowhere"),
     "all protected": (
         {"protect": (nn.Module,)},

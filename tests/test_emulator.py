@@ -128,12 +128,8 @@ def printed(run: Run) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
 
 
-@pytest.mark.parametrize(
-    "type_name", ["int", "unsigned", "float", "double", "long_long", "unsigned_long_long"]
-)
-def test_shuffles_take_their_values_from_the_lanes_cuda_names(
-    printed: dict[str, list[str]], type_name: str
-) -> None:
+@pytest.mark.parametrize("type_name", ["int", "unsigned", "float", "double", "long_long", "unsigned_long_long"])
+def test_shuffles_take_their_values_from_the_lanes_cuda_names(printed: dict[str, list[str]], type_name: str) -> None:
     def source(kind: int, lane: int) -> int:
         start = {0: lane // 8 * 8, 2: lane // 16 * 16, 4: lane // 4 * 4}.get(kind, 0)
         if kind == 0:
@@ -335,9 +331,7 @@ def test_a_barrier_that_all_threads_reach_is_no_deadlock(run: Run, mode: str) ->
         ("EXITED_LANE", ["31 in warp 0 at __shfl_xor_sync", "0x00000008 exited"]),
     ],
 )
-def test_waiting_for_threads_that_never_come_aborts_with_a_listing(
-    run: Run, define: str, places: list[str]
-) -> None:
+def test_waiting_for_threads_that_never_come_aborts_with_a_listing(run: Run, define: str, places: list[str]) -> None:
     done = run("faults/divergent_barrier.cu", "plain", define)
     assert done.returncode < 0
     assert "emulator: deadlock in block (0,0,0):" in done.stderr

@@ -39,7 +39,9 @@ def assert_equals_loop(model: nn.Module, batches: Pairs) -> FisherDiagonal:
     expected = per_sample_loop(model, batches)
     assert set(fisher) == set(expected)
     for name in expected:
-        torch.testing.assert_close(fisher[name], expected[name], rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            fisher[name], expected[name], rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+        )
     return fisher
 
 
@@ -139,7 +141,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Pairs]]] = {
     "cnn with groups, dilation and batch norm": lambda: (cnn(), images(4, 9, 8)),
     "transformer block": lambda: (Pooled(Block(6, True), 6), images(5, 6)),
     "transformer block, samples second": lambda: (Pooled(Block(6, False), 6), images(5, 6)),
-    "as many positions as samples, samples second": lambda: (Pooled(Block(6, False), 6), images(5, 6, sizes=(5,))),
+    "as many positions as samples, samples second": lambda: (
+        Pooled(Block(6, False), 6),
+        images(5, 6, sizes=(5,)),
+    ),
     "embedding with padding": lambda: (
         Pooled(nn.Sequential(nn.Embedding(11, 6, padding_idx=0), nn.RMSNorm(6)), 6),
         tokens(5, 11),
@@ -221,9 +226,7 @@ def test_monte_carlo_labels_are_drawn_from_the_model() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(3, 4).double(), torch.randn(1, 3, dtype=torch.float64)
     probabilities = model(x).softmax(1)[0].detach()
-    exact = sum(
-        p * per_sample_loop(model, [(x, torch.tensor([c]))])["weight"] for c, p in enumerate(probabilities)
-    )
+    exact = sum(p * per_sample_loop(model, [(x, torch.tensor([c]))])["weight"] for c, p in enumerate(probabilities))
     unused = torch.zeros(20_000, dtype=torch.int64)
     drawn = fisher_diagonal(model, [(x.expand(20_000, 3), unused)], kind="monte_carlo")["weight"]
     assert torch.allclose(drawn, exact, rtol=0.05)

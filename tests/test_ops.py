@@ -206,9 +206,7 @@ def test_any_convolution(backend: Backend, data: st.DataObject) -> None:
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
     groups, kernel, stride, dilation = draw(st.integers(1, 3)), draw(pair), draw(pair), draw(pair)
     padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
-    size = tuple(
-        max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) + draw(st.integers(0, 4)) for i in range(2)
-    )
+    size = tuple(max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) + draw(st.integers(0, 4)) for i in range(2))
     channels = (groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)))
     case = conv(draw(st.integers(1, 3)), channels, size, kernel, stride, padding, dilation, groups)
     out = torch.zeros(case.shape, dtype=torch.float64, device=backend.device)
@@ -256,7 +254,11 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str]] = {
         "sums are kept in Double",
     ),
     "out not contiguous": ("sq_grad_linear", (zeros(4, 3).T, zeros(2, 4), zeros(2, 3)), "must be contiguous"),
-    "out overlaps itself": ("sq_grad_linear", (zeros(3, 1).expand(3, 4), zeros(2, 4), zeros(2, 3)), "contiguous"),
+    "out overlaps itself": (
+        "sq_grad_linear",
+        (zeros(3, 1).expand(3, 4), zeros(2, 4), zeros(2, 3)),
+        "contiguous",
+    ),
     "positions": (
         "sq_grad_conv2d",
         (zeros(2, 3, 3, 3), zeros(1, 3, 5, 5), zeros(1, 2, 4, 3), [1, 1], [0, 0], [1, 1], 1),

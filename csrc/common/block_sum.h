@@ -1,5 +1,6 @@
-// Long sums in blocks: a rounding error that grows with kSumBlock + n / kSumBlock instead of n, which keeps float32
-// sums within a factor of two of torch's cascade, for one more addition in kSumBlock.
+// Long sums in blocks: a rounding error that grows with kSumBlock + n / kSumBlock instead of n,
+// which keeps float32 sums within a factor of two of torch's cascade, for one more addition in
+// kSumBlock.
 #pragma once
 
 #ifdef __CUDACC__

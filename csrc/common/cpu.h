@@ -7,9 +7,10 @@
 #include <bit>
 #include <cstdint>
 
-// One wheel for every x86-64: the loader picks the best clone once. Clones are non-template functions, and
-// what they call must be inlined into them to be compiled for their instruction set. The resolver runs before
-// a sanitizer's runtime is up, so sanitized builds have the plain function only.
+// One wheel for every x86-64: the loader picks the best clone once. Clones are non-template
+// functions, and what they call must be inlined into them to be compiled for their instruction set.
+// The resolver runs before a sanitizer's runtime is up, so sanitized builds have the plain function
+// only.
 #define FASTUNLEARN_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)

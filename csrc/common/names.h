@@ -1,5 +1,5 @@
-// Where the operators are registered. The emulated build compiles the same sources under a second name, on
-// CPU tensors, so that both can live in one process.
+// Where the operators are registered. The emulated build compiles the same sources under a second
+// name, on CPU tensors, so that both can live in one process.
 #pragma once
 
 #ifdef FASTUNLEARN_EMULATED

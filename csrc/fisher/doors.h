@@ -80,13 +80,16 @@ struct Conv2dDoor {
           " and of grad_output ", describe(grad));
     check(out.size(0) == grad.size(1) && out.size(1) * groups == input.size(1), op, ": out is ",
           describe(out), ", expected [", grad.size(1), ", ", input.size(1) / groups, ", kh, kw]");
-    geometry = {out.size(1), input.size(2), input.size(3), out.size(2), out.size(3), grad.size(2),
-                grad.size(3), stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-    const int64_t out_h = conv_out_size(geometry.height, geometry.kernel_h, stride[0], padding[0], dilation[0]);
-    const int64_t out_w = conv_out_size(geometry.width, geometry.kernel_w, stride[1], padding[1], dilation[1]);
-    check(geometry.out_h == out_h && geometry.out_w == out_w, op, ": grad_output is ", describe(grad),
-          ", but this input, kernel, stride, padding and dilation give ", out_h, " x ", out_w,
-          " positions");
+    geometry = {out.size(1),  input.size(2), input.size(3), out.size(2), out.size(3),
+                grad.size(2), grad.size(3),  stride[0],     stride[1],   padding[0],
+                padding[1],   dilation[0],   dilation[1]};
+    const int64_t out_h =
+        conv_out_size(geometry.height, geometry.kernel_h, stride[0], padding[0], dilation[0]);
+    const int64_t out_w =
+        conv_out_size(geometry.width, geometry.kernel_w, stride[1], padding[1], dilation[1]);
+    check(geometry.out_h == out_h && geometry.out_w == out_w, op, ": grad_output is ",
+          describe(grad), ", but this input, kernel, stride, padding and dilation give ", out_h,
+          " x ", out_w, " positions");
     // Coordinates inside one image are int in the kernels.
     check(input.size(2) + 2 * padding[0] < INT_MAX && input.size(3) + 2 * padding[1] < INT_MAX &&
               out_h * out_w < INT_MAX,
@@ -142,7 +145,8 @@ struct EmbeddingDoor {
     check(indices.scalar_type() == ScalarType::Long || indices.scalar_type() == ScalarType::Int, op,
           ": indices are ", describe(indices), "; int64 or int32 is needed");
     bool leading = indices.dim() >= 1 && grad.dim() == indices.dim() + 1;
-    for (int64_t i = 0; leading && i < indices.dim(); ++i) leading = indices.size(i) == grad.size(i);
+    for (int64_t i = 0; leading && i < indices.dim(); ++i)
+      leading = indices.size(i) == grad.size(i);
     check(leading, op, ": indices are ", describe(indices), " and grad_output ", describe(grad),
           "; expected [N, ...] and [N, ..., D] with the same leading axes");
     check(out.size(1) == grad.size(grad.dim() - 1), op, ": out is ", describe(out),
@@ -155,7 +159,8 @@ struct EmbeddingDoor {
     grad = readable(op, "grad_output", grad, out);
     std::tie(sorted_ids, order) = sort_ids(indices);
     const int64_t count = sorted_ids.numel();
-    if (count > 0 && out.is_cpu()) {  // on a GPU a bad index traps in the kernel: no synchronisation here
+    if (count > 0 &&
+        out.is_cpu()) {  // on a GPU a bad index traps in the kernel: no synchronisation here
       const int64_t* ids = sorted_ids.const_data_ptr<int64_t>();
       check(ids[0] >= 0 && ids[count - 1] < rows, op, ": indices run from ", ids[0], " to ",
             ids[count - 1], " but out has ", rows, " rows");

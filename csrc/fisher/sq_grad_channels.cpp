@@ -13,11 +13,13 @@
 namespace fastunlearn {
 namespace {
 
-// One sample's sums over positions, in a fixed order. Blocks of positions keep the rounding error down; with
-// positions contiguous, eight interleaved sums let the compiler vectorise without reordering anything.
+// One sample's sums over positions, in a fixed order. Blocks of positions keep the rounding error
+// down; with positions contiguous, eight interleaved sums let the compiler vectorise without
+// reordering anything.
 template <bool kWithNormalized, typename Scalar>
 void sample_sums(const Scalar* grad, const Scalar* normalized, const SqGradChannelsShape& shape,
-                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* block, CpuAccumulator<Scalar>* sums) {
+                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* block,
+                 CpuAccumulator<Scalar>* sums) {
   using Acc = CpuAccumulator<Scalar>;
   constexpr int kPartials = 8;
   auto term = [&](int64_t at) -> Acc {
@@ -69,8 +71,8 @@ void sq_grad_channels_cpu(const Tensor& out, const ChannelsDoor& door) {
       std::vector<BlockSum<Acc>> squares(end - begin);
       for (int64_t n = 0; n < shape.samples; ++n) {
         const int64_t offset = n * per_sample;
-        sample_sums<kWithNormalized>(grad + offset, kWithNormalized ? normalized + offset : nullptr, shape,
-                                     begin, end, block.data(), sums.data());
+        sample_sums<kWithNormalized>(grad + offset, kWithNormalized ? normalized + offset : nullptr,
+                                     shape, begin, end, block.data(), sums.data());
         for (size_t c = 0; c < sums.size(); ++c) squares[c].add(sums[c] * sums[c]);
       }
       for (int64_t c = begin; c < end; ++c) result[c] += squares[c - begin].value();
@@ -80,13 +82,13 @@ void sq_grad_channels_cpu(const Tensor& out, const ChannelsDoor& door) {
 
 void sq_grad_affine_cpu(const Tensor& out, const Tensor& normalized, const Tensor& grad_output,
                         int64_t channel_dim) {
-  sq_grad_channels_cpu<true>(out,
-                             ChannelsDoor("sq_grad_affine", out, normalized, grad_output, channel_dim));
+  sq_grad_channels_cpu<true>(
+      out, ChannelsDoor("sq_grad_affine", out, normalized, grad_output, channel_dim));
 }
 
 void sq_grad_bias_cpu(const Tensor& out, const Tensor& grad_output, int64_t channel_dim) {
-  sq_grad_channels_cpu<false>(out,
-                              ChannelsDoor("sq_grad_bias", out, std::nullopt, grad_output, channel_dim));
+  sq_grad_channels_cpu<false>(
+      out, ChannelsDoor("sq_grad_bias", out, std::nullopt, grad_output, channel_dim));
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // sq_grad_affine and sq_grad_bias on CUDA.
 #include "fisher/sq_grad_channels.cuh"
-
 #include "fisher/sq_grad_launch.cuh"
 
 namespace fastunlearn {

@@ -1,4 +1,5 @@
-// Norm weights and biases: one read of the gradient (and of the normalized input), sums in a fixed order.
+// Norm weights and biases: one read of the gradient (and of the normalized input), sums in a fixed
+// order.
 #pragma once
 
 #include "common/block_sum.h"
@@ -10,8 +11,8 @@ namespace fastunlearn {
 namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
 
 template <bool kWithNormalized, typename Scalar>
-__device__ __forceinline__ Accumulator<Scalar> channel_term(const Scalar* grad, const Scalar* normalized,
-                                                            int64_t at) {
+__device__ __forceinline__ Accumulator<Scalar> channel_term(const Scalar* grad,
+                                                            const Scalar* normalized, int64_t at) {
   const Accumulator<Scalar> g = widen(grad[at]);
   if constexpr (kWithNormalized) {
     return g * widen(normalized[at]);
@@ -31,8 +32,9 @@ __device__ __forceinline__ void store_split(Acc* out, const SqGradChannelsPlan& 
 // [N, T, C]: lanes run along the channels, the block's warps share a sample's positions.
 template <bool kWithNormalized, typename Scalar>
 __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
-    sq_grad_channels_last_kernel(const Scalar* grad, const Scalar* normalized, SqGradChannelsShape shape,
-                                 SqGradChannelsPlan plan, Accumulator<Scalar>* out) {
+    sq_grad_channels_last_kernel(const Scalar* grad, const Scalar* normalized,
+                                 SqGradChannelsShape shape, SqGradChannelsPlan plan,
+                                 Accumulator<Scalar>* out) {
   using Acc = Accumulator<Scalar>;
   __shared__ Acc partial[kChannelRows][kChannelLanes];
   const int lane = threadIdx.x % kChannelLanes;
@@ -66,8 +68,9 @@ __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
 // [N, T, C, S]: a warp owns one channel and runs along S.
 template <bool kWithNormalized, typename Scalar>
 __global__ void __launch_bounds__(kChannelLanes* kChannelRows)
-    sq_grad_channels_inner_kernel(const Scalar* grad, const Scalar* normalized, SqGradChannelsShape shape,
-                                  SqGradChannelsPlan plan, Accumulator<Scalar>* out) {
+    sq_grad_channels_inner_kernel(const Scalar* grad, const Scalar* normalized,
+                                  SqGradChannelsShape shape, SqGradChannelsPlan plan,
+                                  Accumulator<Scalar>* out) {
   using Acc = Accumulator<Scalar>;
   const int lane = threadIdx.x % kChannelLanes;
   const int64_t channel = blockIdx.x % plan.tiles * kChannelRows + threadIdx.x / kChannelLanes;

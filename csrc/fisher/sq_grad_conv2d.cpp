@@ -53,8 +53,8 @@ struct PatchPacker {
         const int64_t row = out_row * g.stride_h + row_offset;
         const int64_t column = out_column * g.stride_w + column_offset;
         const bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-        panel[k * kWidth + j] =
-            inside ? widen(channel[k * sample_stride + row * g.width + column]) : CpuAccumulator<Scalar>(0);
+        panel[k * kWidth + j] = inside ? widen(channel[k * sample_stride + row * g.width + column])
+                                       : CpuAccumulator<Scalar>(0);
         if (!request.along_samples && ++out_column == g.out_w) {
           out_column = 0;
           ++out_row;
@@ -70,10 +70,12 @@ void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& gr
   const Conv2dDoor door(out, input, grad_output, stride, padding, dilation, groups);
   if (door.shape.positions == 0) return;
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
-    const PlanePacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()), door.shape};
-    const PatchPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()), groups,
-                                     door.geometry};
-    sq_grad_cpu(door.shape, grads, inputs, static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
+    const PlanePacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()),
+                                    door.shape};
+    const PatchPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()),
+                                     groups, door.geometry};
+    sq_grad_cpu(door.shape, grads, inputs,
+                static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
   });
 }
 

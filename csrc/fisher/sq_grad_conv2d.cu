@@ -13,7 +13,8 @@ void sq_grad_conv2d_cuda(const Tensor& out, const Tensor& input, const Tensor& g
   dispatch_storage<CudaTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
     const SqGradShape& s = door.shape;
     launch_sq_grad<Scalar>(
-        out, s, PlaneOperand<Scalar>{data<Scalar>(door.grad), s.groups, s.out_features, s.positions},
+        out, s,
+        PlaneOperand<Scalar>{data<Scalar>(door.grad), s.groups, s.out_features, s.positions},
         PatchOperand<Scalar>{data<Scalar>(door.input), s.groups, door.geometry});
   });
 }

@@ -21,8 +21,10 @@ struct PlaneOperand {
   __device__ __forceinline__ Feature feature(int64_t group, int64_t index) const {
     return index < features ? (group * features + index) * positions : -1;
   }
-  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t, int64_t last) const {
-    return sample < last && t < positions ? data + sample * groups * features * positions + t : nullptr;
+  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t,
+                                               int64_t last) const {
+    return sample < last && t < positions ? data + sample * groups * features * positions + t
+                                          : nullptr;
   }
   __device__ __forceinline__ Accumulator<Scalar> load(Feature plane, Position at) const {
     return plane >= 0 && at != nullptr ? widen(at[plane]) : Accumulator<Scalar>(0);
@@ -57,16 +59,19 @@ struct PatchOperand {
             tap / kernel_w * static_cast<int>(geometry.dilation_h),
             tap % kernel_w * static_cast<int>(geometry.dilation_w)};
   }
-  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t, int64_t last) const {
+  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t,
+                                               int64_t last) const {
     if (sample >= last || t >= geometry.out_h * geometry.out_w) return {nullptr, 0, 0};
     const int64_t plane = geometry.height * geometry.width;
     const int out_w = static_cast<int>(geometry.out_w);
     const int at = static_cast<int>(t);
-    return {data + sample * groups * geometry.channels * plane,
-            at / out_w * static_cast<int>(geometry.stride_h) - static_cast<int>(geometry.padding_h),
-            at % out_w * static_cast<int>(geometry.stride_w) - static_cast<int>(geometry.padding_w)};
+    return {
+        data + sample * groups * geometry.channels * plane,
+        at / out_w * static_cast<int>(geometry.stride_h) - static_cast<int>(geometry.padding_h),
+        at % out_w * static_cast<int>(geometry.stride_w) - static_cast<int>(geometry.padding_w)};
   }
-  __device__ __forceinline__ Accumulator<Scalar> load(const Feature& tap, const Position& patch) const {
+  __device__ __forceinline__ Accumulator<Scalar> load(const Feature& tap,
+                                                      const Position& patch) const {
     const int64_t row = patch.row + tap.row;
     const int64_t column = patch.column + tap.column;
     const bool inside = patch.sample != nullptr && tap.channel >= 0 && row >= 0 &&

@@ -8,8 +8,8 @@
 namespace fastunlearn {
 
 struct Conv2dGeometry {
-  int64_t channels;        // input channels per group
-  int64_t height, width;   // of the input
+  int64_t channels;       // input channels per group
+  int64_t height, width;  // of the input
   int64_t kernel_h, kernel_w;
   int64_t out_h, out_w;
   int64_t stride_h, stride_w;

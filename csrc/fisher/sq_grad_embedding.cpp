@@ -1,4 +1,5 @@
-// sq_grad_embedding on a CPU: threads over the sorted ids; a segment belongs to whoever holds its first place.
+// sq_grad_embedding on a CPU: threads over the sorted ids; a segment belongs to whoever holds its
+// first place.
 #include "fisher/sq_grad_embedding.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +15,8 @@ namespace fastunlearn {
 namespace {
 
 template <typename Scalar>
-void add_segment(const SqGradEmbeddingParams& params, int64_t place, std::vector<BlockSum<CpuAccumulator<Scalar>>>& sum) {
+void add_segment(const SqGradEmbeddingParams& params, int64_t place,
+                 std::vector<BlockSum<CpuAccumulator<Scalar>>>& sum) {
   using Acc = CpuAccumulator<Scalar>;
   const SqGradEmbeddingShape& shape = params.shape;
   const int64_t id = params.sorted_ids[place];
@@ -38,9 +40,9 @@ void add_segment(const SqGradEmbeddingParams& params, int64_t place, std::vector
 void sq_grad_embedding_cpu(const Tensor& out, const Tensor& indices, const Tensor& grad_output,
                            std::optional<int64_t> padding_idx) {
   const EmbeddingDoor door(out, indices, grad_output, padding_idx);
-  const SqGradEmbeddingParams params{door.sorted_ids.const_data_ptr<int64_t>(),
-                                     door.order.const_data_ptr<int64_t>(), door.grad.const_data_ptr(),
-                                     out.mutable_data_ptr(), door.shape};
+  const SqGradEmbeddingParams params{
+      door.sorted_ids.const_data_ptr<int64_t>(), door.order.const_data_ptr<int64_t>(),
+      door.grad.const_data_ptr(), out.mutable_data_ptr(), door.shape};
   dispatch_storage<CpuTypes>(door.grad.scalar_type(), [&]<typename Scalar>() {
     torch::stable::parallel_for(0, door.sorted_ids.numel(), 64, [&](int64_t begin, int64_t end) {
       std::vector<BlockSum<CpuAccumulator<Scalar>>> sum;

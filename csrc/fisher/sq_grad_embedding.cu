@@ -1,6 +1,5 @@
 // sq_grad_embedding on CUDA.
 #include "fisher/sq_grad_embedding.cuh"
-
 #include "fisher/sq_grad_launch.cuh"
 
 namespace fastunlearn {
@@ -15,8 +14,9 @@ void sq_grad_embedding_cuda(const Tensor& out, const Tensor& indices, const Tens
   dispatch_storage<CudaTypes>(door.grad.scalar_type(), [&]<typename Scalar>() {
     device.launch("sq_grad_embedding", sq_grad_embedding_kernel<Scalar>,
                   door.sorted_ids.numel() * chunks, dim3(kEmbeddingThreads),
-                  data<int64_t>(door.sorted_ids), data<int64_t>(door.order), data<Scalar>(door.grad),
-                  door.shape, chunks, static_cast<Accumulator<Scalar>*>(out.mutable_data_ptr()));
+                  data<int64_t>(door.sorted_ids), data<int64_t>(door.order),
+                  data<Scalar>(door.grad), door.shape, chunks,
+                  static_cast<Accumulator<Scalar>*>(out.mutable_data_ptr()));
   });
 }
 

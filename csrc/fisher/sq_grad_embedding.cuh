@@ -1,4 +1,5 @@
-// Embedding rows by sorted segments: whoever stands first in an id's segment walks it, in order, alone.
+// Embedding rows by sorted segments: whoever stands first in an id's segment walks it, in order,
+// alone.
 #pragma once
 
 #include "common/block_sum.h"

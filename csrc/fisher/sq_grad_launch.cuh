@@ -18,9 +18,11 @@ const Scalar* data(const Tensor& tensor) {
   return static_cast<const Scalar*>(tensor.const_data_ptr());
 }
 
-// Runs kernel(target), where target is `out` itself or a workspace [splits, out] that is then added to it.
+// Runs kernel(target), where target is `out` itself or a workspace [splits, out] that is then added
+// to it.
 template <typename Acc, typename Kernel>
-void with_splits(const DeviceStream& device, const Tensor& out, int64_t splits, const Kernel& kernel) {
+void with_splits(const DeviceStream& device, const Tensor& out, int64_t splits,
+                 const Kernel& kernel) {
   Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
   if (splits == 1) return kernel(result);
   const int64_t count = out.numel();
@@ -42,7 +44,8 @@ void launch_sq_grad(const Tensor& out, const SqGradShape& shape, const GradOpera
   auto kernel = shape.positions == 1 ? sq_grad_kernel<true, Acc, GradOperand, InputOperand>
                                      : sq_grad_kernel<false, Acc, GradOperand, InputOperand>;
   with_splits<Acc>(device, out, plan.splits, [&](Acc* target) {
-    device.launch("sq_grad", kernel, plan.blocks, dim3(kTileThreads), grad, input, shape, plan, target);
+    device.launch("sq_grad", kernel, plan.blocks, dim3(kTileThreads), grad, input, shape, plan,
+                  target);
   });
 }
 

@@ -17,7 +17,8 @@ struct RowPacker {
   template <int kWidth>
   void operator()(const PanelRequest& request, CpuAccumulator<Scalar>* panel) const {
     // One position per sample: consecutive samples are consecutive rows too.
-    const Scalar* row = data + (request.sample * positions + request.position) * features + request.feature;
+    const Scalar* row =
+        data + (request.sample * positions + request.position) * features + request.feature;
     for (int k = 0; k < request.depth; ++k, row += features, panel += kWidth) {
       for (int j = 0; j < request.features; ++j) panel[j] = widen(row[j]);
     }
@@ -28,10 +29,10 @@ void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& gr
   const LinearDoor door(out, input, grad_output);
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
     const SqGradShape& s = door.shape;
-    const RowPacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()), s.positions,
-                                  s.out_features};
-    const RowPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()), s.positions,
-                                   s.in_features};
+    const RowPacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()),
+                                  s.positions, s.out_features};
+    const RowPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()),
+                                   s.positions, s.in_features};
     sq_grad_cpu(s, grads, inputs, static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
   });
 }

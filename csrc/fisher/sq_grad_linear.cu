@@ -10,8 +10,9 @@ void sq_grad_linear_cuda(const Tensor& out, const Tensor& input, const Tensor& g
   const LinearDoor door(out, input, grad_output);
   dispatch_storage<CudaTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
     const SqGradShape& s = door.shape;
-    launch_sq_grad<Scalar>(out, s, RowOperand<Scalar>{data<Scalar>(door.grad), s.positions, s.out_features},
-                           RowOperand<Scalar>{data<Scalar>(door.input), s.positions, s.in_features});
+    launch_sq_grad<Scalar>(
+        out, s, RowOperand<Scalar>{data<Scalar>(door.grad), s.positions, s.out_features},
+        RowOperand<Scalar>{data<Scalar>(door.input), s.positions, s.in_features});
   });
 }
 

@@ -9,8 +9,8 @@ namespace fastunlearn {
 template <typename Scalar>
 struct RowOperand {
   static constexpr bool kPositionsContiguous = false;
-  using Feature = int64_t;             // negative outside
-  using Position = const Scalar*;      // null outside
+  using Feature = int64_t;         // negative outside
+  using Position = const Scalar*;  // null outside
 
   const Scalar* data;
   int64_t positions;
@@ -19,7 +19,8 @@ struct RowOperand {
   __device__ __forceinline__ Feature feature(int64_t, int64_t index) const {
     return index < features ? index : -1;
   }
-  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t, int64_t last) const {
+  __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t,
+                                               int64_t last) const {
     return sample < last && t < positions ? data + (sample * positions + t) * features : nullptr;
   }
   __device__ __forceinline__ Accumulator<Scalar> load(Feature feature, Position row) const {

@@ -1,7 +1,9 @@
-// The main loop of the squared per-sample gradient, for any operand that can say where an element lies.
+// The main loop of the squared per-sample gradient, for any operand that can say where an element
+// lies.
 //
-// A block keeps two register tiles: the running product of one sample and the sum of squares over samples.
-// At a sample's end the product is squared into the sum, so nothing of size N x P x D ever exists.
+// A block keeps two register tiles: the running product of one sample and the sum of squares over
+// samples. At a sample's end the product is squared into the sum, so nothing of size N x P x D ever
+// exists.
 //
 // An operand describes one factor, a matrix [positions, features] per (group, sample):
 //   Feature feature(group, index)         where a feature lies, computed once per thread
@@ -37,7 +39,8 @@ struct TileLoader {
 
   __device__ __forceinline__ TileLoader(const Operand& operand, int64_t group, int64_t first) {
 #pragma unroll
-    for (int i = 0; i < kFeatures; ++i) features[i] = operand.feature(group, first + feature_row(i));
+    for (int i = 0; i < kFeatures; ++i)
+      features[i] = operand.feature(group, first + feature_row(i));
   }
 
   __device__ __forceinline__ int feature_row(int i) const {
@@ -46,7 +49,8 @@ struct TileLoader {
 
   // depth(k) -> Position of row k of the tile.
   template <typename Acc, typename Depth>
-  __device__ __forceinline__ void load(OperandTile<Acc>& tile, const Operand& operand, Depth depth) const {
+  __device__ __forceinline__ void load(OperandTile<Acc>& tile, const Operand& operand,
+                                       Depth depth) const {
     if constexpr (kAlongPositions) {
       const int k = threadIdx.x % kSpan;
       const auto position = depth(k);
@@ -64,11 +68,17 @@ struct TileLoader {
   }
 };
 
-// kPointwise: one position per sample, where (g a)^2 needs no running product; the depth of a tile then runs over
-// samples instead of leaving 15 of its 16 rows empty.
+// Blocks per multiprocessor: 2 gives a thread 128 registers, 1 gives float64 its 255. Left to
+// itself, ptxas takes 64 and spills.
+template <typename Acc>
+inline constexpr int kTileBlocks = sizeof(Acc) == 8 ? 1 : 2;
+
+// kPointwise: one position per sample, where (g a)^2 needs no running product; the depth of a tile
+// then runs over samples instead of leaving 15 of its 16 rows empty.
 template <bool kPointwise, typename Acc, typename GradOperand, typename InputOperand>
-__global__ void __launch_bounds__(kTileThreads)
-    sq_grad_kernel(GradOperand grad, InputOperand input, SqGradShape shape, SqGradPlan plan, Acc* out) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<Acc>)
+    sq_grad_kernel(GradOperand grad, InputOperand input, SqGradShape shape, SqGradPlan plan,
+                   Acc* out) {
   __shared__ OperandTile<Acc> grads;
   __shared__ OperandTile<Acc> inputs;
 
@@ -165,8 +175,8 @@ __global__ void __launch_bounds__(kTileThreads)
     end_block();
   }
 
-  // With one split `out` is the result [groups, P, D]; with more it is the workspace [splits, groups, P, D],
-  // which nobody has written yet.
+  // With one split `out` is the result [groups, P, D]; with more it is the workspace [splits,
+  // groups, P, D], which nobody has written yet.
   const bool accumulate = plan.splits == 1;
 #pragma unroll
   for (int i = 0; i < kThreadOut; ++i) {
@@ -176,7 +186,8 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int j = 0; j < kThreadIn; ++j) {
       const int64_t d = first_in + column + kColumns * j;
       if (d >= shape.in_features) continue;
-      Acc* target = out + ((split * shape.groups + group) * shape.out_features + p) * shape.in_features + d;
+      Acc* target =
+          out + ((split * shape.groups + group) * shape.out_features + p) * shape.in_features + d;
       *target = accumulate ? *target + total[i][j] : total[i][j];
     }
   }

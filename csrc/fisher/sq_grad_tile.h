@@ -10,7 +10,8 @@ inline constexpr int kTileOut = 64;    // output features p per block
 inline constexpr int kTileIn = 64;     // input features d per block
 inline constexpr int kTileDepth = 16;  // positions t (or samples, when T = 1) per step
 inline constexpr int kTileThreads = 256;
-inline constexpr int kThreadOut = 4;  // each thread owns a kThreadOut x kThreadIn corner of the tile
+inline constexpr int kThreadOut =
+    4;  // each thread owns a kThreadOut x kThreadIn corner of the tile
 inline constexpr int kThreadIn = 4;
 static_assert(kTileOut * kTileIn == kTileThreads * kThreadOut * kThreadIn);
 
@@ -33,9 +34,10 @@ struct SqGradPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Splits the samples only as far as the tiles leave the GPU idle: two blocks per multiprocessor are enough to
-// hide latency, and every split costs one more write and read of `out`. At most 16 splits, so that the
-// workspace stays a small multiple of the weight and never grows with the number of samples.
+// Splits the samples only as far as the tiles leave the GPU idle: two blocks per multiprocessor are
+// enough to hide latency, and every split costs one more write and read of `out`. At most 16
+// splits, so that the workspace stays a small multiple of the weight and never grows with the
+// number of samples.
 inline SqGradPlan plan_sq_grad(const SqGradShape& shape, int64_t multiprocessors) {
   SqGradPlan plan;
   plan.tiles_out = ceil_div(shape.out_features, kTileOut);

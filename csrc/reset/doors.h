@@ -15,11 +15,12 @@ inline int64_t mask_words(int64_t elements) { return (elements + 31) / 32; }
 
 inline void check_list(const char* op, const char* name, const std::vector<Tensor>& list,
                        const char* first_name, const std::vector<Tensor>& first) {
-  check(list.size() == first.size(), op, ": ", first.size(), " ", first_name, " but ", list.size(), " ",
-        name, "; one of each per tensor is needed");
+  check(list.size() == first.size(), op, ": ", first.size(), " ", first_name, " but ", list.size(),
+        " ", name, "; one of each per tensor is needed");
 }
 
-inline void check_distinct(const char* op, const char* name, const std::vector<Tensor>& list, size_t i) {
+inline void check_distinct(const char* op, const char* name, const std::vector<Tensor>& list,
+                           size_t i) {
   for (size_t j = 0; j < i; ++j) {
     check(!overlap(list[i], list[j]), op, ": ", name, "[", i, "] shares memory with ", name, "[", j,
           "]; pass a tied tensor once");
@@ -74,8 +75,10 @@ struct ThresholdDoor {
                              const Tensor& importance, std::vector<Tensor>& list) {
     check(same_shape(importance, weight) && same_device(importance, weight), op, ": ", name, "[", i,
           "] is ", describe(importance), " but the weight is ", describe(weight));
-    check(importance.scalar_type() == ScalarType::Float || importance.scalar_type() == ScalarType::Double,
-          op, ": ", name, "[", i, "] is ", describe(importance), "; importances are float32 or float64");
+    check(importance.scalar_type() == ScalarType::Float ||
+              importance.scalar_type() == ScalarType::Double,
+          op, ": ", name, "[", i, "] is ", describe(importance),
+          "; importances are float32 or float64");
     list.push_back(readable(op, name, importance, weight));
   }
 };
@@ -89,8 +92,8 @@ struct MaskGradsDoor {
     check_list(op, "masks", masks_, "gradients", grads);
     for (size_t i = 0; i < grads.size(); ++i) {
       check_output(op, "gradient", grads[i]);
-      check(is_storage_type(grads[i].scalar_type()) && same_device(grads[i], grads[0]), op, ": grads[",
-            i, "] is ", describe(grads[i]), "; floating point on one device is needed");
+      check(is_storage_type(grads[i].scalar_type()) && same_device(grads[i], grads[0]), op,
+            ": grads[", i, "] is ", describe(grads[i]), "; floating point on one device is needed");
       check_distinct(op, "grads", grads, i);
       check_mask(op, i, masks_[i], grads[i]);
       masks.push_back(readable(op, "mask", masks_[i], grads[i]));

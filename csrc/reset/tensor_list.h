@@ -7,7 +7,7 @@
 
 namespace fastunlearn {
 
-inline constexpr int kListTensors = 64;       // tensors per launch
+inline constexpr int kListTensors = 64;  // tensors per launch
 inline constexpr int kListThreads = 256;
 inline constexpr int64_t kListChunk = 65536;  // elements per block, a whole number of mask words
 static_assert(kListChunk % kListThreads == 0 && kListThreads % 32 == 0);
@@ -38,8 +38,9 @@ struct ListLaunch {
   int64_t blocks = 0;
 };
 
-// Cuts a list into launches of at most kListTensors tensors and max_blocks blocks; empty tensors need none.
-// A tensor with more blocks than that is alone in its launch, which then fails loudly in DeviceStream::launch.
+// Cuts a list into launches of at most kListTensors tensors and max_blocks blocks; empty tensors
+// need none. A tensor with more blocks than that is alone in its launch, which then fails loudly in
+// DeviceStream::launch.
 inline std::vector<ListLaunch> plan_tensor_list(const std::vector<int64_t>& sizes,
                                                 int64_t max_blocks = INT32_MAX) {
   std::vector<ListLaunch> launches;

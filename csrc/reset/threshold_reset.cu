@@ -1,10 +1,9 @@
 // threshold_reset_ and mask_grads_ on CUDA.
-#include "reset/threshold_reset.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
 #include "reset/doors.h"
+#include "reset/threshold_reset.cuh"
 
 namespace fastunlearn {
 namespace {
@@ -17,7 +16,8 @@ TensorList<kPointers> pack(const ListLaunch& launch, const EntryOf& entry_of) {
     const int32_t i = list.count++;
     list.entries[i] = entry_of(tensor);
     list.first_tensor[i] = static_cast<int32_t>(tensor);
-    list.first_block[i + 1] = list.first_block[i] + static_cast<int32_t>(list_blocks(list.entries[i].size));
+    list.first_block[i + 1] =
+        list.first_block[i] + static_cast<int32_t>(list_blocks(list.entries[i].size));
   }
   return list;
 }
@@ -39,7 +39,8 @@ void threshold_reset_cuda(const std::vector<Tensor>& weights, const std::vector<
     });
     params.gamma = gamma;
     params.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
-    device.launch("threshold_reset_", threshold_reset_kernel, launch.blocks, dim3(kListThreads), params);
+    device.launch("threshold_reset_", threshold_reset_kernel, launch.blocks, dim3(kListThreads),
+                  params);
   }
 }
 

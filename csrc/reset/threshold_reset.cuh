@@ -38,8 +38,8 @@ __device__ __forceinline__ void write_zero(void* data, int32_t element_bytes, in
 }
 
 // The product is rounded once, and not fused with anything: the same decision on every back end.
-__device__ __forceinline__ bool passes(const void* forget, const void* retain, int32_t wide, double gamma,
-                                       int64_t i) {
+__device__ __forceinline__ bool passes(const void* forget, const void* retain, int32_t wide,
+                                       double gamma, int64_t i) {
   if (wide) {
     return static_cast<const double*>(forget)[i] > gamma * static_cast<const double*>(retain)[i];
   }
@@ -47,7 +47,8 @@ __device__ __forceinline__ bool passes(const void* forget, const void* retain, i
          static_cast<float>(gamma) * static_cast<const float*>(retain)[i];
 }
 
-__global__ void __launch_bounds__(kListThreads) threshold_reset_kernel(ThresholdResetParams params) {
+__global__ void __launch_bounds__(kListThreads)
+    threshold_reset_kernel(ThresholdResetParams params) {
   __shared__ int64_t warp_counts[kListThreads / 32];
   const ListChunk chunk = find_chunk(params.list);
   const ListEntry<kThresholdPointers>& entry = params.list.entries[chunk.entry];
@@ -57,8 +58,8 @@ __global__ void __launch_bounds__(kListThreads) threshold_reset_kernel(Threshold
   int64_t count = 0;  // of the whole warp, the same in every lane
   for (int64_t first = chunk.begin + threadIdx.x - lane; first < chunk.end; first += kListThreads) {
     const int64_t i = first + lane;
-    const bool reset = i < chunk.end && passes(entry.pointers[kForget], entry.pointers[kRetain], entry.wide,
-                                               params.gamma, i);
+    const bool reset = i < chunk.end && passes(entry.pointers[kForget], entry.pointers[kRetain],
+                                               entry.wide, params.gamma, i);
     const uint32_t word = __ballot_sync(0xffffffffu, reset);
     if (reset) write_zero(entry.pointers[kWeight], entry.element_bytes, i);
     if (lane == 0) mask[first / 32] = word;
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kListThreads) threshold_reset_kernel(Threshold
   for (int w = 1; w < kListThreads / 32; ++w) count += warp_counts[w];
   // Integers add up to the same total in any order.
   if (count > 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(params.counts + params.list.first_tensor[chunk.entry]),
+    atomicAdd(reinterpret_cast<unsigned long long*>(params.counts +
+                                                    params.list.first_tensor[chunk.entry]),
               static_cast<unsigned long long>(count));
   }
 }

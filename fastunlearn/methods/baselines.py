@@ -55,7 +55,16 @@ class Retrain:
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
-            descend(model, retain, "retain", optimizer, self.epochs, self.loss_fn, schedule, progress=self.progress)
+            descend(
+                model,
+                retain,
+                "retain",
+                optimizer,
+                self.epochs,
+                self.loss_fn,
+                schedule,
+                progress=self.progress,
+            )
         _count_changes(outcome, model, before)
         return outcome
 
@@ -80,7 +89,18 @@ class FineTune:
     def unlearn(self, model: nn.Module, forget: Batches | None, retain: Batches) -> Outcome:
         """Fine-tune ``model`` in place, in the mode it is in. Raises ValueError for an empty ``retain``."""
         outcome = Outcome("FineTune", _settings(self))
-        _step_over(outcome, model, retain, "retain", self.epochs, self.lr, self.momentum, self.loss_fn, 1.0, self.progress)
+        _step_over(
+            outcome,
+            model,
+            retain,
+            "retain",
+            self.epochs,
+            self.lr,
+            self.momentum,
+            self.loss_fn,
+            1.0,
+            self.progress,
+        )
         return outcome
 
 
@@ -109,21 +129,19 @@ class GradientAscent:
 
 def initialise(model: nn.Module) -> None:
     """Call ``reset_parameters`` of every module; raises ValueError, changing nothing, if one with weights has none."""
+    resets: list[Callable[[], None]] = []
     for name, module in model.named_modules():
-        if any(p is not None for p in module._parameters.values()) and not _resets(module):
+        # nn.MultiheadAttention spells it with an underscore.
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if callable(reset):
+            resets.append(reset)
+        elif any(p is not None for p in module._parameters.values()):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}) has weights but no reset_parameters(); "
                 "pass build=, a function that returns a freshly initialised model"
             )
-    for module in model.modules():
-        if _resets(module):
-            reset = getattr(module, "reset_parameters", None) or module._reset_parameters
-            reset()
-
-
-def _resets(module: nn.Module) -> bool:
-    # nn.MultiheadAttention spells it with an underscore.
-    return any(callable(getattr(module, name, None)) for name in ("reset_parameters", "_reset_parameters"))
+    for reset in resets:
+        reset()
 
 
 def _step_over(

@@ -111,9 +111,7 @@ class DeepClean:
         self, outcome: Outcome, model: nn.Module, batches: Batches, name: str, params: list[str]
     ) -> FisherDiagonal:
         with outcome.phase(f"fisher_{name}"):
-            return fisher_diagonal(
-                model, batches, self.loss_fn, self.fisher, params, self.seed, self.progress, name
-            )
+            return fisher_diagonal(model, batches, self.loss_fn, self.fisher, params, self.seed, self.progress, name)
 
     def _candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
         types = tuple(kind for kind in self.protect if isinstance(kind, type))

@@ -181,9 +181,7 @@ class LCodec:
         )
         return outcome
 
-    def _pool(
-        self, retain: Batches, samples: list[Batch], total: int, device: torch.device
-    ) -> list[tuple[int, Batch]]:
+    def _pool(self, retain: Batches, samples: list[Batch], total: int, device: torch.device) -> list[tuple[int, Batch]]:
         """(-1 or index among the forget samples, sample) in a seeded order: any prefix is a uniform draw."""
         count = total - len(samples)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)).tolist()
@@ -196,9 +194,7 @@ class LCodec:
                     held[start + i] = batch[i : i + 1]
             start += batch.size
         return [
-            (-1, held[i]) if i < count else (i - count, samples[i - count])
-            for i in order
-            if i >= count or i in held
+            (-1, held[i]) if i < count else (i - count, samples[i - count]) for i in order if i >= count or i in held
         ]
 
     def _remove(
@@ -234,14 +230,10 @@ class LCodec:
             outcome.phase("hessian"),
             sdpa_kernel(SDPBackend.MATH),
         ):  # the fused kernels have no second derivative
-            gradient = block.flat(
-                block.gradients(self._losses(model, sample).sum(), create_graph=False)
-            ).double()
+            gradient = block.flat(block.gradients(self._losses(model, sample).sum(), create_graph=False)).double()
             if self.update == "sekhari":
                 # By index, not by value: a sample that occurs twice stays in once.
-                others = [held for origin, held in pool if origin == -1 or origin > index][
-                    : self.hessian_samples
-                ]
+                others = [held for origin, held in pool if origin == -1 or origin > index][: self.hessian_samples]
             else:
                 others = [sample]
             hessian = self._hessian(model, block, others)
@@ -271,9 +263,7 @@ class LCodec:
         values, losses = [], []
         units: list[tuple[str, int]] = []
         for start in range(0, self.perturbations, self.batch_size):
-            copies = _perturbed(
-                sample, min(self.batch_size, self.perturbations - start), self.noise, generator
-            )
+            copies = _perturbed(sample, min(self.batch_size, self.perturbations - start), self.noise, generator)
             recorded = unit_activations(model, copies, list(layers))
             with torch.no_grad():
                 losses.append(per_sample_loss(self.loss_fn, recorded.outputs, copies.targets, copies.size))
@@ -357,9 +347,7 @@ class _Block:
 
     def flat(self, tensors: Sequence[Tensor], first: int = 0) -> Tensor:
         """The block's entries of tensors shaped like ``parameters[first:]``, as one vector."""
-        return torch.cat(
-            [t[picked].reshape(-1) for t, (_, picked) in zip(tensors, self.parts[first:], strict=True)]
-        )
+        return torch.cat([t[picked].reshape(-1) for t, (_, picked) in zip(tensors, self.parts[first:], strict=True)])
 
     def add_(self, step: Tensor) -> None:
         for (parameter, picked), part in zip(self.parts, step.split(self.sizes), strict=True):
@@ -406,9 +394,7 @@ def _gauss_newton(block: _Block, outputs: Tensor, loss_of: Callable[[Tensor], Te
     return (product + product.mT) / 2
 
 
-def _grad(
-    output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None, create_graph: bool
-) -> list[Tensor]:
+def _grad(output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None, create_graph: bool) -> list[Tensor]:
     """torch.autograd.grad that keeps the graph, and gives zero where ``output`` does not depend on an input."""
     if not output.requires_grad:
         return [torch.zeros_like(t) for t in inputs]
@@ -440,9 +426,7 @@ def _newton_step(hessian: Tensor, gradient: Tensor, damping: float, index: int) 
     scale = torch.linalg.matrix_norm(system) * step.norm() + gradient.norm()
     # Cholesky is backward stable: in float64 this quotient is about 1e-16 times the block size.
     if float(residual) > 1e-10 * float(scale):
-        raise RuntimeError(
-            f"forget sample {index}: the solve left a residual of {float(residual / scale):.1e}"
-        )
+        raise RuntimeError(f"forget sample {index}: the solve left a residual of {float(residual / scale):.1e}")
     return step, damping
 
 
@@ -464,9 +448,7 @@ def _trainable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str
     for name, module in chosen.items():
         dtype = cast(Tensor, module.weight).dtype
         if dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"layer {name} is {dtype}; second derivatives need float32 or float64: model.float()"
-            )
+            raise TypeError(f"layer {name} is {dtype}; second derivatives need float32 or float64: model.float()")
     return chosen
 
 

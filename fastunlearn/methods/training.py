@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.data import Batches, LossFunction, per_sample_loss, read
+from fastunlearn.hooks import device_of
 from fastunlearn.outcome import track
 
 
@@ -28,14 +29,16 @@ def descend(
     ``before_step`` sees the gradients after each backward pass. The loop changes no mode: call it with the
     model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     for epoch in _epochs(epochs, name, progress):
         for batch in read(batches, name, device):
             loss = per_sample_loss(loss_fn, batch.outputs(model), batch.targets, batch.size).mean()
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss on {name} is {loss.item()} in epoch {epoch}; lower the learning rate")
+                raise FloatingPointError(
+                    f"the loss on {name} is {loss.item()} in epoch {epoch}; lower the learning rate"
+                )
             optimizer.zero_grad(set_to_none=True)
-            (sign * loss).backward()
+            torch.autograd.backward(sign * loss)
             if before_step is not None:
                 before_step()
             optimizer.step()
