@@ -106,9 +106,8 @@ def spectral_filter(gram: Tensor, alpha: float) -> Tensor:
     The literal form of Kodge et al. 2024, from an eigendecomposition; ``fastunlearn.spectral_filter`` needs none.
     """
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)
-    total = values.sum()
-    ratio = values / total if total > 0 else values
+    total = gram.trace()  # the sum of the eigenvalues; of the clamped ones it would count rounding as energy
+    ratio = values.clamp(min=0) / total if total > 0 else torch.zeros_like(values)
     kept = alpha * ratio / ((alpha - 1) * ratio + 1)
     return torch.matmul(vectors * kept, vectors.mT)
 

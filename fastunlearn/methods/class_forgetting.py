@@ -168,6 +168,12 @@ def _updatable(model: nn.Module, layers: Sequence[str] | None) -> tuple[list[lis
         for name, module in model.named_modules()
         if layers is None and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and name not in known
     }
+    if layers is None:
+        untouched |= {
+            name: "the input projection of nn.MultiheadAttention is not a layer of its own"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
     names: list[list[str]] = []
     done: set[int] = set()
     for name, module in chosen.items():

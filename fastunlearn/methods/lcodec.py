@@ -18,6 +18,8 @@ from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import device_of, preserved, require_finite, require_separable
 from fastunlearn.outcome import Outcome, track
 
+# Numbers that a batch of Hessian-vector products may hold per pass.
+_BATCHED = 1 << 22
 # Share of a unit's spread added as noise before L-FOCI, so that the many equal zeros of a silent unit do not
 # all take the same row for their nearest neighbour.
 _JITTER = 1e-3
@@ -43,7 +45,8 @@ class LCodec:
         perturbations: m, perturbed copies of each sample's input.
         noise: standard deviation of the Gaussian perturbation, in the units of the input.
         damping: > 0, added to the diagonal; multiplied by 10 until the block is positive definite.
-        hessian: "exact" (Hessian-vector products) or "gauss_newton" (positive semidefinite by construction).
+        hessian: "exact" (Hessian-vector products) or "gauss_newton" (positive semidefinite
+            wherever the loss is convex in the outputs).
         hessian_samples: samples that H_S is averaged over.
         update: "sekhari" (above) or "single_sample" (H_S = hess_S loss(z), the reference code's "CR").
         max_units: units that L-FOCI may choose per sample.
@@ -53,9 +56,9 @@ class LCodec:
         layers: names of the Linear, Conv1d and Conv2d layers whose units may be chosen; all trainable by
             default.
         epsilon, delta, sensitivity: all three or none. They add Gaussian noise of standard deviation
-            sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon to the block (the Gaussian mechanism, epsilon <=
-            1). It is (epsilon, delta)-indistinguishable only if ``sensitivity`` bounds the distance to the
-            retrained block, which no one has proven for deep networks.
+            sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon to the block (the Gaussian mechanism,
+            epsilon < 1). It is (epsilon, delta)-indistinguishable only if ``sensitivity`` bounds the distance
+            to the retrained block, which no one has proven for deep networks.
         seed: of perturbations, L-FOCI's noise, Hessian samples and the Gaussian mechanism.
         progress: show a progress bar.
     """
@@ -64,7 +67,7 @@ class LCodec:
     noise: float = 0.1
     damping: float = 0.01
     hessian: Literal["exact", "gauss_newton"] = "exact"
-    hessian_samples: int = 128
+    hessian_samples: int = 256
     update: Literal["sekhari", "single_sample"] = "sekhari"
     max_units: int = 4
     max_block: int = 2048
@@ -93,9 +96,9 @@ class LCodec:
         if any(given) != all(given):
             raise ValueError("epsilon, delta and sensitivity go together: give all three or none")
         if self.epsilon is not None and self.delta is not None and self.sensitivity is not None:
-            if not (0 < self.epsilon <= 1 and 0 < self.delta < 1 and 0 < self.sensitivity < math.inf):
+            if not (0 < self.epsilon < 1 and 0 < self.delta < 1 and 0 < self.sensitivity < math.inf):
                 raise ValueError(
-                    "the Gaussian mechanism needs 0 < epsilon <= 1, 0 < delta < 1 and sensitivity > 0, "
+                    "the Gaussian mechanism needs 0 < epsilon < 1, 0 < delta < 1 and sensitivity > 0, "
                     f"got {self.epsilon}, {self.delta}, {self.sensitivity}"
                 )
 
@@ -117,7 +120,7 @@ class LCodec:
         Raises:
             TypeError: ``forget`` or ``retain`` cannot be iterated twice; integer inputs or outputs; weights
                 in half precision.
-            ValueError: an empty or malformed set; NaN or Inf in a weight, an activation, a Hessian or a loss;
+            ValueError: an empty or malformed set; NaN or Inf in a weight, an input, a Hessian or a loss;
                 a BatchNorm in train mode; a loss that is not one per sample; no trainable layer; an unknown
                 name in ``layers``.
             RuntimeError: a solve whose residual is not at rounding level.
@@ -150,25 +153,20 @@ class LCodec:
             model.eval()
             with outcome.phase("gather"):
                 samples = [b[i : i + 1] for b in read(forget, "forget", device) for i in range(b.size)]
-                for sample in samples:
-                    _require_continuous(sample)
+                for index, sample in enumerate(samples):
+                    _require_continuous(sample, index)
                 total = sum(b.size for b in read(retain, "retain", torch.device("meta"))) + len(samples)
                 pool = self._pool(retain, samples, total, device)
             generator = torch.Generator().manual_seed(self.seed)
             for index in track(range(len(samples)), "LCodec", self.progress):
-                removals.append(
-                    {
-                        "sample": index,
-                        **self._remove(model, layers, samples, index, total, pool, generator, outcome),
-                    }
-                )
+                removals.append(self._remove(model, layers, samples, index, total, pool, generator, outcome))
         for parameter, old in before:
             outcome.count(names[id(parameter)], old, parameter.detach())
         raised = [r["damping"] for r in removals if r["damping"] > self.damping]
         if raised:
             warnings.warn(
-                f"LCodec raised the damping from {self.damping:g} to as much as {max(raised):g} for {len(raised)} of "
-                f"{len(removals)} removals, whose Hessian block was not positive definite; "
+                f"LCodec raised the damping from {self.damping:g} to as much as {max(raised):g} for "
+                f"{len(raised)} of {len(removals)} removals, whose Hessian block was not positive definite; "
                 'hessian="gauss_newton" needs no such help',
                 UserWarning,
                 stacklevel=2,
@@ -215,6 +213,7 @@ class LCodec:
         block = _Block(layers, units, self.max_block)
         loss = self._losses(model, sample).sum()
         report: dict[str, Any] = {
+            "sample": index,
             "units": block.units,
             "scores": scores[: len(block.units)],
             "left_out": len(units) - len(block.units),
@@ -328,6 +327,7 @@ class _Block:
             size += extra
             self.units.append((name, unit))
         self.parts: list[tuple[nn.Parameter, Tensor]] = []
+        self.dense: list[bool] = []  # per part: of a Linear
         for module in layers.values():
             weight = cast(nn.Parameter, module.weight)
             if owner.get(id(weight)) is module:
@@ -336,6 +336,7 @@ class _Block:
                 bias = _trainable_bias(module)
                 if bias is not None and all(bias is not parameter for parameter, _ in self.parts):
                     self.parts.append((bias, picked))
+                self.dense += [isinstance(module, nn.Linear)] * (len(self.parts) - len(self.dense))
         self.parameters = [parameter for parameter, _ in self.parts]
         self.sizes = [len(picked) * parameter[0].numel() for parameter, picked in self.parts]
         self.size = sum(self.sizes)
@@ -345,12 +346,12 @@ class _Block:
         """Gradient of ``loss`` with respect to every part's whole parameter; zero where it does not enter."""
         return _grad(loss, self.parameters, None, create_graph=create_graph)
 
-    def flat(self, tensors: Sequence[Tensor], first: int = 0) -> Tensor:
-        """The block's entries of tensors shaped like ``parameters[first:]``, as one vector."""
-        return torch.cat([t[picked].reshape(-1) for t, (_, picked) in zip(tensors, self.parts[first:], strict=True)])
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The block's entries of tensors shaped like its parameters, as one vector."""
+        return torch.cat([t[picked].reshape(-1) for t, (_, picked) in zip(tensors, self.parts, strict=True)])
 
     def add_(self, step: Tensor) -> None:
-        for (parameter, picked), part in zip(self.parts, step.split(self.sizes), strict=True):
+        for (parameter, picked), part in zip(self.parts, torch.split(step, self.sizes), strict=True):
             parameter[picked] += part.reshape(len(picked), *parameter.shape[1:]).to(parameter.dtype)
 
 
@@ -366,9 +367,18 @@ def _exact_hessian(block: _Block, loss: Tensor) -> Tensor:
     start = 0
     for part, size in enumerate(block.sizes):
         wanted = gradients[part][block.parts[part][1]].reshape(-1)
-        for entry in range(size):
-            rows = _grad(wanted, block.parameters[part:], _one_hot(wanted, entry), create_graph=False)
-            hessian[start + entry, start:] = block.flat(rows, part).double()
+        parameters = block.parameters[part:]
+        # Several products in one pass where all is matrix products; vmap slows convolutions down threefold.
+        chunk = max(1, min(32, _BATCHED // sum(p.numel() for p in parameters))) if all(block.dense[part:]) else 1
+        for first in range(0, size, chunk):
+            last = min(first + chunk, size)
+            if chunk == 1:
+                rows = [g[None] for g in _grad(wanted, parameters, _one_hots(wanted, first, last)[0], False)]
+            else:
+                rows = _grad(wanted, parameters, _one_hots(wanted, first, last), False, batched=True)
+            hessian[start + first : start + last, start:] = torch.cat(
+                [g[:, picked].flatten(1) for g, (_, picked) in zip(rows, block.parts[part:], strict=True)], 1
+            )
         start += size
     return hessian.triu() + hessian.triu(1).mT
 
@@ -386,7 +396,7 @@ def _gauss_newton(block: _Block, outputs: Tensor, loss_of: Callable[[Tensor], Te
     for part, size in enumerate(block.sizes):
         wanted = pulled[part][block.parts[part][1]].reshape(-1)
         for entry in range(size):
-            (column,) = _grad(wanted, [probe], _one_hot(wanted, entry), create_graph=False)
+            (column,) = _grad(wanted, [probe], _one_hots(wanted, entry, entry + 1)[0], create_graph=False)
             (bent,) = _grad(slope, [detached], column, create_graph=False)
             columns.append(column.reshape(-1))
             curved.append(bent.reshape(-1))
@@ -394,20 +404,37 @@ def _gauss_newton(block: _Block, outputs: Tensor, loss_of: Callable[[Tensor], Te
     return (product + product.mT) / 2
 
 
-def _grad(output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None, create_graph: bool) -> list[Tensor]:
-    """torch.autograd.grad that keeps the graph, and gives zero where ``output`` does not depend on an input."""
+def _grad(
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Tensor | None,
+    create_graph: bool,
+    batched: bool = False,
+) -> list[Tensor]:
+    """torch.autograd.grad that keeps the graph; zero where ``output`` does not depend on an input.
+
+    ``batched``: ``weights`` is [k, *output.shape], and so are the gradients.
+    """
+    lead = weights.shape[:1] if batched and weights is not None else ()
     if not output.requires_grad:
-        return [torch.zeros_like(t) for t in inputs]
+        return [t.new_zeros(*lead, *t.shape) for t in inputs]
     found = torch.autograd.grad(
-        output, list(inputs), weights, retain_graph=True, create_graph=create_graph, allow_unused=True
+        output,
+        list(inputs),
+        weights,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        is_grads_batched=batched,
     )
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
-def _one_hot(like: Tensor, entry: int) -> Tensor:
-    vector = torch.zeros_like(like)
-    vector[entry] = 1
-    return vector
+def _one_hots(like: Tensor, first: int, last: int) -> Tensor:
+    """Rows ``first`` to ``last`` of the identity as large as the vector ``like``."""
+    rows = like.new_zeros(last - first, len(like))
+    rows.diagonal(first).fill_(1)
+    return rows
 
 
 def _newton_step(hessian: Tensor, gradient: Tensor, damping: float, index: int) -> tuple[Tensor, float]:
@@ -431,7 +458,7 @@ def _newton_step(hessian: Tensor, gradient: Tensor, damping: float, index: int) 
 
 
 def _trainable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
@@ -441,7 +468,7 @@ def _trainable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str
     unknown = [name for name in names or () if name not in found]
     if unknown or not found:
         raise ValueError(
-            f"{', '.join(map(repr, unknown)) or 'the model'} has no trainable Linear, Conv1d or Conv2d weight; "
+            f"{', '.join(map(repr, unknown)) or 'the model'} has no trainable Linear or convolution weight; "
             f"trainable layers: {', '.join(map(repr, found)) or 'none'}"
         )
     chosen = found if names is None else {name: found[name] for name in found if name in set(names)}
@@ -457,13 +484,17 @@ def _trainable_bias(module: nn.Module) -> nn.Parameter | None:
     return bias if bias is not None and bias.requires_grad else None
 
 
-def _require_continuous(sample: Batch) -> None:
+def _require_continuous(sample: Batch, index: int) -> None:
     for value in tree_flatten((sample.args, sample.kwargs))[0]:
-        if isinstance(value, Tensor) and not value.is_floating_point():
+        if not isinstance(value, Tensor):
+            continue
+        if not value.is_floating_point():
             raise TypeError(
-                f"LCodec perturbs inputs with Gaussian noise, but an input is {value.dtype}; token and other integer "
-                "inputs are not supported: give the model floating-point inputs (images / 255, embeddings)"
+                f"LCodec perturbs inputs with Gaussian noise, but an input is {value.dtype}; token and "
+                "other integer inputs are not supported: give the model floating-point ones (images / 255)"
             )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"forget sample {index} has NaN or Inf in an input")
 
 
 def _perturbed(sample: Batch, copies: int, noise: float, generator: torch.Generator) -> Batch:
