@@ -44,7 +44,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         problem = _cuda_problem()
         if problem:
             raise RuntimeError(f"--device {arguments.device} can not be used: {problem}")
-    run(arguments.out, arguments.seed, device, Console())
+    # A file or a pipe has no width: give the table the one it needs.
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    run(arguments.out, arguments.seed, device, console)
     return 0
 
 

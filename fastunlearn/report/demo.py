@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +34,10 @@ def write_record(
 
 def table(record: dict[str, Any]) -> Table:
     """One block of lines per request: the original model, the method, the model retrained without the data."""
-    view = Table(title="accuracy in %, in brackets the distance from the retrained model in points")
+    title = "accuracy in %, in brackets the distance from the retrained model in points"
+    view = Table(title=title, box=box.SIMPLE, show_edge=False, pad_edge=False)
     for heading in ("forgotten", "model", *SETS, "forget loss", "attack AUC", "seconds", "x faster"):
-        view.add_column(heading, justify="left" if heading in ("forgotten", "model") else "right")
+        view.add_column(heading, justify="left" if heading in ("forgotten", "model") else "right", no_wrap=True)
     for row in record["requests"]:
         seconds = {row["method"]["method"]: sum(row["method"]["seconds"].values())}
         seconds["retrained"] = row["retrain_seconds"]
