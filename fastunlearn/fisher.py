@@ -528,6 +528,8 @@ def _add_batch(
         losses = per_sample_loss(loss_fn, outputs, targets, batch.size)
     slots = [(r, i) for found in records.values() for r in found for i, e in enumerate(r.edges) if e is not None]
     edges = [edge for r, i in slots if (edge := r.edges[i]) is not None]
+    if not edges:
+        return  # the loss depends on none of the parameters
     # Asking for the edges, not for the weights, is what keeps autograd from computing weight gradients.
     for (record, i), grad in zip(slots, torch.autograd.grad(losses.sum(), edges, allow_unused=True), strict=True):
         record.grads[i] = grad

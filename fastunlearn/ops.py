@@ -148,9 +148,7 @@ def threshold_reset_(
     masks = [w.new_empty((w.numel() + 31) // 32, dtype=torch.int32) for w in weights]
     counts = torch.empty(len(weights), dtype=torch.int64, device=weights[0].device if weights else "cpu")
     _ops.threshold_reset_(staged, list(forget), list(retain), gamma, masks, counts)
-    for weight, copy in zip(weights, staged, strict=True):
-        if copy is not weight:
-            weight.copy_(copy)
+    _write_back(weights, staged)
     return masks, counts
 
 
@@ -165,9 +163,14 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         return  # nothing that could tell the dispatcher a device
     staged = [g if g.is_contiguous() else g.contiguous() for g in grads]
     _ops.mask_grads_(staged, list(masks))
-    for grad, copy in zip(grads, staged, strict=True):
-        if copy is not grad:
-            grad.copy_(copy)
+    _write_back(grads, staged)
+
+
+def _write_back(tensors: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
+    with torch.no_grad():  # parameters are leaves
+        for tensor, copy in zip(tensors, staged, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

@@ -245,6 +245,21 @@ def test_params_selects_and_includes_frozen_weights() -> None:
         fisher_diagonal(model, batches, params=["nowhere"])
 
 
+def test_parameters_that_the_loss_ignores_have_zero_information() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model, batches = Unused().double(), images(6)
+    fisher = assert_equals_loop(model, batches)
+    assert not fisher["unused.weight"].any()
+    assert not fisher_diagonal(model, batches, params=["unused.bias"])["unused.bias"].any()
+
+
 def test_hugging_face_style_batches() -> None:
     class Output(dict[str, Tensor]):
         logits: Tensor

@@ -2,6 +2,7 @@
 // A door returns contiguous tensors and the sizes; it raises before anything is written.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <climits>
 #include <optional>
@@ -26,6 +27,8 @@ inline int64_t product(const Tensor& tensor, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) count *= tensor.size(i);
   return count;
 }
+
+inline bool fits_int(int64_t value) { return value < INT_MAX; }
 
 struct LinearDoor {
   Tensor input, grad;
@@ -80,20 +83,27 @@ struct Conv2dDoor {
           " and of grad_output ", describe(grad));
     check(out.size(0) == grad.size(1) && out.size(1) * groups == input.size(1), op, ": out is ",
           describe(out), ", expected [", grad.size(1), ", ", input.size(1) / groups, ", kh, kw]");
-    geometry = {out.size(1),  input.size(2), input.size(3), out.size(2), out.size(3),
-                grad.size(2), grad.size(3),  stride[0],     stride[1],   padding[0],
-                padding[1],   dilation[0],   dilation[1]};
+    // Offsets inside one sample, coordinates inside the padded image and the taps of one channel
+    // are int in the kernels.
+    check(fits_int(product(input, 1, 4)) && fits_int(product(grad, 1, 4)) &&
+              fits_int(out.numel()) &&
+              fits_int(input.size(2) + 2 * padding[0] + dilation[0] * out.size(2)) &&
+              fits_int(input.size(3) + 2 * padding[1] + dilation[1] * out.size(3)),
+          op, ": one sample of input ", describe(input), " or grad_output ", describe(grad),
+          " has 2^31 elements or more, or its padding or dilation is as large");
     const int64_t out_h =
-        conv_out_size(geometry.height, geometry.kernel_h, stride[0], padding[0], dilation[0]);
+        conv_out_size(input.size(2), out.size(2), stride[0], padding[0], dilation[0]);
     const int64_t out_w =
-        conv_out_size(geometry.width, geometry.kernel_w, stride[1], padding[1], dilation[1]);
-    check(geometry.out_h == out_h && geometry.out_w == out_w, op, ": grad_output is ",
-          describe(grad), ", but this input, kernel, stride, padding and dilation give ", out_h,
-          " x ", out_w, " positions");
-    // Coordinates inside one image are int in the kernels.
-    check(input.size(2) + 2 * padding[0] < INT_MAX && input.size(3) + 2 * padding[1] < INT_MAX &&
-              out_h * out_w < INT_MAX,
-          op, ": an image of ", input.size(2), " x ", input.size(3), " is too large");
+        conv_out_size(input.size(3), out.size(3), stride[1], padding[1], dilation[1]);
+    check(grad.size(2) == out_h && grad.size(3) == out_w, op, ": grad_output is ", describe(grad),
+          ", but this input, kernel, stride, padding and dilation give ", out_h, " x ", out_w,
+          " positions");
+    auto as_int = [](int64_t value) { return static_cast<int>(std::min<int64_t>(value, INT_MAX)); };
+    geometry = {as_int(out.size(1)), as_int(input.size(2)), as_int(input.size(3)),
+                as_int(out.size(2)), as_int(out.size(3)),   as_int(out_h),
+                as_int(out_w),       as_int(stride[0]),     as_int(stride[1]),
+                as_int(padding[0]),  as_int(padding[1]),    as_int(dilation[0]),
+                as_int(dilation[1])};
     input = readable(op, "input", input, out);
     grad = readable(op, "grad_output", grad, out);
     shape = {groups, input.size(0), out_h * out_w, out.size(0) / groups,

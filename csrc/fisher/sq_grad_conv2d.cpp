@@ -37,8 +37,8 @@ struct PatchPacker {
   template <int kWidth>
   void operator()(const PanelRequest& request, CpuAccumulator<Scalar>* panel) const {
     const Conv2dGeometry& g = geometry;
-    const int64_t taps = g.kernel_h * g.kernel_w;
-    const int64_t plane = g.height * g.width;
+    const int taps = g.kernel_h * g.kernel_w;
+    const int64_t plane = int64_t{g.height} * g.width;
     const Scalar* samples = data + (request.sample * groups + request.group) * g.channels * plane;
     const int64_t sample_stride = request.along_samples ? groups * g.channels * plane : 0;
     for (int j = 0; j < request.features; ++j) {

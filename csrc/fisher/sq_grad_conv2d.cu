@@ -14,8 +14,9 @@ void sq_grad_conv2d_cuda(const Tensor& out, const Tensor& input, const Tensor& g
     const SqGradShape& s = door.shape;
     launch_sq_grad<Scalar>(
         out, s,
-        PlaneOperand<Scalar>{data<Scalar>(door.grad), s.groups, s.out_features, s.positions},
-        PatchOperand<Scalar>{data<Scalar>(door.input), s.groups, door.geometry});
+        PlaneOperand<Scalar>{data<Scalar>(door.grad), static_cast<int>(s.groups),
+                             static_cast<int>(s.out_features), static_cast<int>(s.positions)},
+        PatchOperand<Scalar>{data<Scalar>(door.input), static_cast<int>(s.groups), door.geometry});
   });
 }
 

@@ -10,21 +10,21 @@ namespace fastunlearn {
 template <typename Scalar>
 struct PlaneOperand {
   static constexpr bool kPositionsContiguous = true;
-  using Feature = int64_t;         // offset of the plane inside a sample, negative outside
+  using Feature = int;             // offset of the plane inside a sample, negative outside
   using Position = const Scalar*;  // the position in the sample's first plane, null outside
 
   const Scalar* data;
-  int64_t groups;
-  int64_t features;  // per group
-  int64_t positions;
+  int groups;
+  int features;  // per group
+  int positions;
 
   __device__ __forceinline__ Feature feature(int64_t group, int64_t index) const {
-    return index < features ? (group * features + index) * positions : -1;
+    return index < features ? static_cast<int>(group * features + index) * positions : -1;
   }
   __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t,
                                                int64_t last) const {
-    return sample < last && t < positions ? data + sample * groups * features * positions + t
-                                          : nullptr;
+    const int64_t stride = groups * features * positions;
+    return sample < last && t < positions ? data + sample * stride + t : nullptr;
   }
   __device__ __forceinline__ Accumulator<Scalar> load(Feature plane, Position at) const {
     return plane >= 0 && at != nullptr ? widen(at[plane]) : Accumulator<Scalar>(0);
@@ -37,7 +37,7 @@ template <typename Scalar>
 struct PatchOperand {
   static constexpr bool kPositionsContiguous = true;
   struct Feature {
-    int64_t channel;  // offset of the channel's plane inside a sample, negative outside
+    int channel;      // offset of the channel's plane inside a sample, negative outside
     int row, column;  // where the tap lies relative to the patch's corner
   };
   struct Position {
@@ -46,34 +46,30 @@ struct PatchOperand {
   };
 
   const Scalar* data;
-  int64_t groups;
+  int groups;
   Conv2dGeometry geometry;
 
   __device__ __forceinline__ Feature feature(int64_t group, int64_t index) const {
-    const int64_t taps = geometry.kernel_h * geometry.kernel_w;
-    const int64_t channel = index / taps;
-    const int tap = static_cast<int>(index % taps);
-    const int kernel_w = static_cast<int>(geometry.kernel_w);
-    if (channel >= geometry.channels) return {-1, 0, 0};
-    return {(group * geometry.channels + channel) * geometry.height * geometry.width,
-            tap / kernel_w * static_cast<int>(geometry.dilation_h),
-            tap % kernel_w * static_cast<int>(geometry.dilation_w)};
+    const Conv2dGeometry& g = geometry;
+    const int taps = g.kernel_h * g.kernel_w;
+    if (index >= g.channels * taps) return {-1, 0, 0};
+    const int at = static_cast<int>(index);
+    return {(static_cast<int>(group) * g.channels + at / taps) * g.height * g.width,
+            at % taps / g.kernel_w * g.dilation_h, at % taps % g.kernel_w * g.dilation_w};
   }
   __device__ __forceinline__ Position position(int64_t, int64_t sample, int64_t t,
                                                int64_t last) const {
-    if (sample >= last || t >= geometry.out_h * geometry.out_w) return {nullptr, 0, 0};
-    const int64_t plane = geometry.height * geometry.width;
-    const int out_w = static_cast<int>(geometry.out_w);
+    const Conv2dGeometry& g = geometry;
+    if (sample >= last || t >= g.out_h * g.out_w) return {nullptr, 0, 0};
+    const int64_t stride = groups * g.channels * g.height * g.width;
     const int at = static_cast<int>(t);
-    return {
-        data + sample * groups * geometry.channels * plane,
-        at / out_w * static_cast<int>(geometry.stride_h) - static_cast<int>(geometry.padding_h),
-        at % out_w * static_cast<int>(geometry.stride_w) - static_cast<int>(geometry.padding_w)};
+    return {data + sample * stride, at / g.out_w * g.stride_h - g.padding_h,
+            at % g.out_w * g.stride_w - g.padding_w};
   }
   __device__ __forceinline__ Accumulator<Scalar> load(const Feature& tap,
                                                       const Position& patch) const {
-    const int64_t row = patch.row + tap.row;
-    const int64_t column = patch.column + tap.column;
+    const int row = patch.row + tap.row;
+    const int column = patch.column + tap.column;
     const bool inside = patch.sample != nullptr && tap.channel >= 0 && row >= 0 &&
                         row < geometry.height && column >= 0 && column < geometry.width;
     return inside ? widen(patch.sample[tap.channel + row * geometry.width + column])

@@ -7,14 +7,16 @@
 
 namespace fastunlearn {
 
+// int: what one sample holds is below 2^31 elements, which the door checks. Half the registers of
+// int64_t.
 struct Conv2dGeometry {
-  int64_t channels;       // input channels per group
-  int64_t height, width;  // of the input
-  int64_t kernel_h, kernel_w;
-  int64_t out_h, out_w;
-  int64_t stride_h, stride_w;
-  int64_t padding_h, padding_w;
-  int64_t dilation_h, dilation_w;
+  int channels;       // input channels per group
+  int height, width;  // of the input
+  int kernel_h, kernel_w;
+  int out_h, out_w;
+  int stride_h, stride_w;
+  int padding_h, padding_w;
+  int dilation_h, dilation_w;
 };
 
 // Output extent of one axis, as torch computes it.
