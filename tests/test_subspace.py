@@ -73,25 +73,15 @@ def activations(n: int, d: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize(("n", "d", "rank"), [(300, 48, None), (64, 96, None), (300, 48, 5), (300, 96, 20)])
+@pytest.mark.parametrize(
+    ("n", "d", "rank"), [(300, 48, None), (64, 96, None), (300, 96, 20), (300, 48, 5), (300, 96, 1)]
+)
 def test_float32_error_is_at_most_twice_that_of_torchs_float32_eigendecomposition(
     n: int, d: int, rank: int | None, alpha: float
 ) -> None:
     ours = theirs = 0.0
     for seed in range(8):  # a ratio of two rounding errors: summed, so that it is a property and not luck
         a = rows(n, d, seed, rank).float()
-        gram = a.mT @ a
-        truth = by_eigh(gram.double(), alpha)
-        ours += float((spectral_filter(gram, alpha) - truth).norm())
-        theirs += float((by_eigh(gram, alpha) - truth).norm())
-    assert ours <= 2 * theirs
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_float32_error_of_a_rank_one_gram_is_at_most_twice_torchs(alpha: float) -> None:
-    ours = theirs = 0.0
-    for seed in range(8):
-        a = rows(300, 96, seed, rank=1).float()
         gram = a.mT @ a
         truth = by_eigh(gram.double(), alpha)
         ours += float((spectral_filter(gram, alpha) - truth).norm())

@@ -30,6 +30,15 @@ inline int64_t product(const Tensor& tensor, int64_t first, int64_t last) {
 
 inline bool fits_int(int64_t value) { return value < INT_MAX; }
 
+// A layer's input (or normalized input) and the gradient of its output.
+inline void check_pair(const char* op, const char* name, const Tensor& input, const Tensor& grad,
+                       const Tensor& out) {
+  check_input(op, name, input, out);
+  check_input(op, "grad_output", grad, out);
+  check(input.scalar_type() == grad.scalar_type(), op, ": ", name, " is ", describe(input),
+        " but grad_output is ", describe(grad), "; they must have one dtype");
+}
+
 struct LinearDoor {
   Tensor input, grad;
   SqGradShape shape;
@@ -38,10 +47,7 @@ struct LinearDoor {
       : input(input_), grad(grad_) {
     constexpr const char* op = "sq_grad_linear";
     check_accumulator(op, out, 2);
-    check_input(op, "input", input, out);
-    check_input(op, "grad_output", grad, out);
-    check(input.scalar_type() == grad.scalar_type(), op, ": input is ", describe(input),
-          " but grad_output is ", describe(grad), "; they must have one dtype");
+    check_pair(op, "input", input, grad, out);
     const int64_t dim = input.dim();
     bool leading = dim >= 2 && grad.dim() == dim;
     for (int64_t i = 0; leading && i < dim - 1; ++i) leading = input.size(i) == grad.size(i);
@@ -66,10 +72,7 @@ struct Conv2dDoor {
       : input(input_), grad(grad_) {
     constexpr const char* op = "sq_grad_conv2d";
     check_accumulator(op, out, 4);
-    check_input(op, "input", input, out);
-    check_input(op, "grad_output", grad, out);
-    check(input.scalar_type() == grad.scalar_type(), op, ": input is ", describe(input),
-          " but grad_output is ", describe(grad), "; they must have one dtype");
+    check_pair(op, "input", input, grad, out);
     check(input.dim() == 4 && grad.dim() == 4 && input.size(0) == grad.size(0), op, ": input is ",
           describe(input), " and grad_output ", describe(grad),
           "; expected [N, Ci, H, W] and [N, Co, Ho, Wo]");
@@ -128,9 +131,9 @@ struct ChannelsDoor {
     check(out.size(0) == grad.size(axis), op, ": out is ", describe(out), ", expected [",
           grad.size(axis), "]");
     if (normalized) {
-      check_input(op, "normalized", *normalized, out);
-      check(same_shape(*normalized, grad) && normalized->scalar_type() == grad.scalar_type(), op,
-            ": normalized is ", describe(*normalized), " but grad_output is ", describe(grad));
+      check_pair(op, "normalized", *normalized, grad, out);
+      check(same_shape(*normalized, grad), op, ": normalized is ", describe(*normalized),
+            " but grad_output is ", describe(grad));
       normalized = readable(op, "normalized", *normalized, out);
     }
     grad = readable(op, "grad_output", grad, out);
