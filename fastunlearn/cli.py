@@ -67,9 +67,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     kernels = f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "CPU only"
     print(f"  library  {kernels}; {info['compiler']}, against torch {info['torch_built_with']}, "
           f"runs on {info['torch_target']} and later")  # fmt: skip
-    for package, why in (("matplotlib", "pictures"), ("sklearn", "the demo's data and the attack's AUC")):
-        if importlib.util.find_spec(package) is None:
-            print(f"  missing  {package}, used for {why}")
+    for package, module, why in (
+        ("matplotlib", "matplotlib", "pictures"),
+        ("scikit-learn", "sklearn", "the demo's data and the attack's AUC"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            print(f"  missing  {package}, used for {why}: pip install {package}")
     problem = _cuda_problem()
     print(f"  GPU      {problem or torch.cuda.get_device_name()}")
     print("operators")

@@ -62,7 +62,7 @@ def picture(record: dict[str, Any], out: Path, console: Console) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        console.print("no picture: matplotlib is missing; pip install 'fastunlearn[report]'")
+        console.print("no picture: matplotlib is missing; pip install 'fastunlearn[report]'", markup=False)
         return
     rows = record["requests"]
     figure = Figure(figsize=(4 * len(rows), 3.6), layout="constrained")
