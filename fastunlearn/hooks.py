@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Copies = list[tuple[str, nn.Parameter, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -61,6 +63,25 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[Copies]:
+    """Copies of parameters (default: all, and the buffers); written back if the block raises anything at all.
+
+    Yields (name, tensor, copy) for each parameter, shared ones once, so that a method can count what it changed.
+    """
+    chosen = None if parameters is None else {id(p) for p in parameters}
+    named = [(name, p) for name, p in model.named_parameters() if chosen is None or id(p) in chosen]
+    copies = [(name, p, p.detach().clone()) for name, p in named]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if chosen is None else []
+    try:
+        yield copies
+    except BaseException:
+        with torch.no_grad():
+            for tensor, copy in [*((p, copy) for _, p, copy in copies), *buffers]:
+                tensor.copy_(copy)
+        raise
 
 
 def device_of(model: nn.Module) -> torch.device:

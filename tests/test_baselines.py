@@ -78,6 +78,17 @@ def test_runs_repeat_and_modes_are_put_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_an_exception_half_way_puts_the_weights_back(name: str) -> None:
+    model, _, retain = classifier()
+    before = weights(model)
+    broken = [*retain, (retain[0][0], retain[0][1][:-1])]  # the last batch is malformed
+    with pytest.raises(ValueError, match="first axis"):
+        METHODS[name].unlearn(model, broken, broken)
+    assert unchanged(model, before)
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("batches", [[], iter([])], ids=["empty", "iterator"])
 def test_bad_batches_change_nothing(name: str, batches: Any) -> None:
     model, *_ = classifier()

@@ -148,6 +148,27 @@ def test_bad_input_is_refused_before_any_weight_changes(name: str) -> None:
     assert unchanged(model, before)
 
 
+def test_an_interrupt_while_fine_tuning_puts_the_weights_back() -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    passes = 0
+
+    class Interrupted(list[Any]):
+        def __iter__(self) -> Any:
+            nonlocal passes
+            passes += 1
+            for i, batch in enumerate(super().__iter__()):
+                if passes == 2 and i == 2:  # the first pass is for the Fisher information
+                    raise KeyboardInterrupt
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        DeepClean(fraction=0.3, finetune_epochs=2).unlearn(model, forget, Interrupted(retain))
+    assert passes == 2
+    assert unchanged(model, before)
+    assert not any(m.training for m in model.modules())
+
+
 def test_a_model_on_two_devices_is_refused() -> None:
     model, forget, retain = classifier()
     model[4].to("meta")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastunlearn.data import Batches, LossFunction, read
-from fastunlearn.hooks import device_of, preserved, require_finite
-from fastunlearn.methods.training import descend, snapshot
+from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
+from fastunlearn.methods.training import descend
 from fastunlearn.outcome import Outcome
 
 
@@ -40,13 +40,18 @@ class Retrain:
         """Retrain ``model`` in place; ``forget`` is only what it does not see, and may be None.
 
         Raises ValueError for an empty ``retain`` or a module that can not be initialised anew, before anything
-        changes. Cost: ``epochs`` forward and backward passes over ``retain``.
+        changes; whatever is raised later, the weights are put back. Cost: ``epochs`` forward and
+        backward passes over ``retain``.
         """
         outcome = Outcome("Retrain", _settings(self))
         device = device_of(model)
         steps = sum(1 for _ in read(retain, "retain", device)) * self.epochs
-        before = snapshot(model)
-        with preserved(model), outcome.measured(device), outcome.phase("train"):
+        with (
+            preserved(model),
+            restored_on_error(model) as before,
+            outcome.measured(device),
+            outcome.phase("train"),
+        ):
             torch.manual_seed(self.seed)
             if self.build is not None:
                 model.load_state_dict(self.build().state_dict())
@@ -65,7 +70,7 @@ class Retrain:
                 schedule,
                 progress=self.progress,
             )
-        _count_changes(outcome, model, before)
+        _count_changes(outcome, before)
         return outcome
 
 
@@ -87,7 +92,10 @@ class FineTune:
     progress: bool = False
 
     def unlearn(self, model: nn.Module, forget: Batches | None, retain: Batches) -> Outcome:
-        """Fine-tune ``model`` in place, in the mode it is in. Raises ValueError for an empty ``retain``."""
+        """Fine-tune ``model`` in place, in the mode it is in.
+
+        Raises ValueError for an empty or malformed ``retain``; the weights are put back whatever is raised.
+        """
         outcome = Outcome("FineTune", _settings(self))
         _step_over(
             outcome,
@@ -121,7 +129,10 @@ class GradientAscent:
     progress: bool = False
 
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches | None = None) -> Outcome:
-        """Ascend in place, in the mode the model is in. Raises ValueError for an empty ``forget``."""
+        """Ascend in place, in the mode the model is in.
+
+        Raises ValueError for an empty or malformed ``forget``; the weights are put back whatever is raised.
+        """
         outcome = Outcome("GradientAscent", _settings(self))
         _step_over(outcome, model, forget, "forget", self.epochs, self.lr, 0.0, self.loss_fn, -1.0, self.progress)
         return outcome
@@ -158,16 +169,15 @@ def _step_over(
 ) -> None:
     require_finite(model)
     device = device_of(model)
-    before = snapshot(model)
-    with preserved(model), outcome.measured(device), outcome.phase("train"):
+    with preserved(model), restored_on_error(model) as before, outcome.measured(device), outcome.phase("train"):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
         descend(model, batches, name, optimizer, epochs, loss_fn, sign=sign, progress=progress)
-    _count_changes(outcome, model, before)
+    _count_changes(outcome, before)
 
 
-def _count_changes(outcome: Outcome, model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        outcome.count(name, before[name], parameter)
+def _count_changes(outcome: Outcome, before: Copies) -> None:
+    for name, parameter, copy in before:
+        outcome.count(name, copy, parameter)
 
 
 def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:

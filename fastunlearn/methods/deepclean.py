@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastunlearn import ops
 from fastunlearn.data import Batches, LossFunction
 from fastunlearn.fisher import FisherDiagonal, Kind, fisher_diagonal
-from fastunlearn.hooks import device_of, preserved
+from fastunlearn.hooks import device_of, preserved, restored_on_error
 from fastunlearn.methods.training import descend
 from fastunlearn.outcome import Outcome
 
@@ -77,15 +77,15 @@ class DeepClean:
 
         Raises:
             TypeError, ValueError: as :func:`fastunlearn.fisher_diagonal`, before any weight changes;
-                FloatingPointError if fine-tuning diverges.
+                FloatingPointError if fine-tuning diverges. Weights are put back whatever is raised, and when.
 
         Cost: one Fisher pass over each set, one launch for the reset, ``finetune_epochs`` passes over ``retain``;
-        memory: three numbers per weight.
+        memory: four numbers per weight.
         """
         outcome = Outcome("DeepClean", self._settings())
         device = device_of(model)
         parameters = self._candidates(model)
-        with outcome.measured(device):
+        with outcome.measured(device), restored_on_error(model, parameters.values()):
             forgotten, retained = (
                 self._fisher(outcome, model, batches, name, list(parameters))
                 for batches, name in ((forget, "forget"), (retain, "retain"))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fastunlearn.codec import foci, unit_activations
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read, require_batches
-from fastunlearn.hooks import device_of, preserved, require_finite, require_separable
+from fastunlearn.hooks import device_of, preserved, require_finite, require_separable, restored_on_error
 from fastunlearn.outcome import Outcome, track
 
 # Numbers that a batch of Hessian-vector products may hold per pass.
@@ -143,12 +143,12 @@ class LCodec:
         if self.loss_fn is not None:
             outcome.settings["loss_fn"] = getattr(self.loss_fn, "__qualname__", repr(self.loss_fn))
         removals: list[dict[str, Any]] = []
-        names = {id(p): name for name, p in model.named_parameters()}
+        parameters = [p for module in layers.values() for p in module._parameters.values() if p is not None]
         with (
             outcome.measured(device),
             preserved(model),
             torch.enable_grad(),
-            _restored_on_error(layers) as before,
+            restored_on_error(model, parameters) as before,
         ):
             model.eval()
             with outcome.phase("gather"):
@@ -160,8 +160,8 @@ class LCodec:
             generator = torch.Generator().manual_seed(self.seed)
             for index in track(range(len(samples)), "LCodec", self.progress):
                 removals.append(self._remove(model, layers, samples, index, total, pool, generator, outcome))
-        for parameter, old in before:
-            outcome.count(names[id(parameter)], old, parameter.detach())
+        for name, parameter, copy in before:
+            outcome.count(name, copy, parameter)
         raised = [r["damping"] for r in removals if r["damping"] > self.damping]
         if raised:
             warnings.warn(
@@ -524,20 +524,3 @@ def _joined(samples: list[Batch], size: int) -> Iterator[Batch]:
             joined = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
             args, kwargs, targets = tree_unflatten(joined, flat[0][1])
             yield Batch(args, kwargs, targets, len(part))
-
-
-class _restored_on_error:
-    """Copies of every parameter of the layers; written back if the block raises."""
-
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        unique = {id(p): p for m in layers.values() for p in m._parameters.values() if p is not None}
-        self.before = [(p, p.detach().clone()) for p in unique.values()]
-
-    def __enter__(self) -> list[tuple[nn.Parameter, Tensor]]:
-        return self.before
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            with torch.no_grad():
-                for parameter, old in self.before:
-                    parameter.copy_(old)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastunlearn.data import Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import device_of
@@ -49,8 +49,3 @@ def descend(
 
 def _epochs(epochs: int, name: str, progress: bool) -> Iterable[int]:
     return track(range(1, epochs + 1), f"epochs over {name}", progress)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter, to count afterwards what a method changed."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
