@@ -51,6 +51,7 @@ sanitize: $(VENV)/built
 	env $(SANITIZED) $(BIN)/python -m pytest $(OPERATOR_TESTS)
 
 bench: $(VENV)/built
+	mkdir -p out
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-json=out/bench.json
 
 # Uses the Python it finds, not .venv: a GPU machine brings its own torch. Results go to OUT.
