@@ -21,10 +21,26 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
   m.def(
       "sq_grad_embedding(Tensor(a!) out, Tensor indices, Tensor grad_output, "
       "int? padding_idx=None) -> ()");
-  // weight = 0 where forget > gamma * retain; writes bit masks and counts of what was reset.
+  // Where forget / (retain + eps) > gamma: weight = fill (mode 0), = initial (1), or
+  // *= min(1, dampening / ratio) (2). rules [tensors, 3] holds gamma, eps and fill; writes bit
+  // masks and counts of what passed.
   m.def(
-      "threshold_reset_(Tensor(a!)[] weights, Tensor[] forget, Tensor[] retain, float gamma, "
-      "Tensor(b!)[] masks, Tensor(c!) counts) -> ()");
+      "threshold_reset_(Tensor(a!)[] weights, Tensor[] forget, Tensor[] retain, Tensor rules, "
+      "int action, float dampening, Tensor[] initial, Tensor(b!)[] masks, Tensor(c!) counts) -> ()");
+  // counts[row, digit] += ratios forget / (retain + eps) whose bits go on from prefix[row] with
+  // that digit; one row for all tensors, or one each.
+  m.def(
+      "ratio_histogram_(Tensor(a!) counts, Tensor[] forget, Tensor[] retain, Tensor eps, "
+      "Tensor prefix, int level) -> ()");
   // grad = 0 where the mask bit is 0.
   m.def("mask_grads_(Tensor(a!)[] grads, Tensor[] masks) -> ()");
+  // torch.optim.SGD and AdamW where the mask bit is 1; the state of the k-th bit is element k.
+  m.def(
+      "masked_sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] masks, Tensor[] starts, "
+      "Tensor(b!)[] momentum_buffers, float lr, float momentum, float weight_decay, bool nesterov) "
+      "-> ()");
+  m.def(
+      "masked_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] masks, Tensor[] starts, "
+      "Tensor(b!)[] means, Tensor(c!)[] squares, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, int step) -> ()");
 }

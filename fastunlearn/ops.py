@@ -10,9 +10,12 @@ that were given). Inputs that are not contiguous are copied; tensors that are wr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastunlearn import _library
 from fastunlearn.reference import pack_mask, unpack_mask
@@ -22,7 +25,13 @@ _ops = torch.ops.fastunlearn
 
 __all__ = [
     "mask_grads_",
+    "mask_starts",
+    "masked_adamw_",
+    "masked_sgd_",
     "pack_mask",
+    "ratio_edges",
+    "ratio_histogram",
+    "select_gamma",
     "sq_grad_affine",
     "sq_grad_bias",
     "sq_grad_conv2d",
@@ -124,36 +133,177 @@ def sq_grad_embedding(out: Tensor, indices: Tensor, grad_output: Tensor, padding
     return out
 
 
-def threshold_reset_(
-    weights: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor], gamma: float
-) -> tuple[list[Tensor], Tensor]:
-    """Set weights to zero where forget / retain > gamma, for a whole list of tensors in one launch.
+PerTensor = float | Sequence[float] | Tensor
+ResetMode = Literal["zero", "mean", "init", "dampen"]
 
-    The test is ``forget > gamma * retain`` with the product rounded once, so 0/0 keeps, x/0 resets, and a NaN
-    on either side keeps.
+
+def threshold_reset_(
+    weights: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    gamma: PerTensor,
+    mode: ResetMode = "zero",
+    eps: PerTensor = 0.0,
+    init: Sequence[Tensor] | None = None,
+    lambda_: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """Reset the weights whose ratio forget / (retain + eps) passes gamma, for a whole list of tensors in one launch.
+
+    The ratio is rounded to float32 and compared with gamma in float32, so a gamma of :func:`select_gamma` cuts
+    exactly where it says. A dead weight (both importances zero) and a NaN on either side keep; x / 0 resets.
 
     Args:
         weights: written in place; any mix of float32, bfloat16, float16 and float64, on one device. Those that are
             not contiguous (channels_last) are staged through a copy.
-        forget, retain: importances shaped like the weights, float32 or float64.
-        gamma: positive.
+        forget, retain: importances shaped like the weights, float32, bfloat16 or float64; each pair of one dtype.
+        gamma: positive; one for all, one per tensor, or a tensor of either on the device, which is not read by the
+            host (a NaN in it keeps everything).
+        mode: ``"zero"``; ``"mean"``, the mean of the tensor before; ``"init"``, the values in ``init``; ``"dampen"``,
+            weight * min(1, lambda_ / ratio).
+        eps: added to ``retain``, not negative, in the units of an importance; as ``gamma``, one or one per tensor.
+        init: shaped and typed like the weights, for ``mode="init"``.
+        lambda_: positive, for ``mode="dampen"``.
 
     Returns:
         masks: per tensor the reset weights as bits, int32 [ceil(numel / 32)] (see :func:`unpack_mask`).
         counts: int64 [len(weights)], exact.
 
-    Cost: one read of both importances, a write where something changes. Source: DeepClean, Shi et al. 2024.
+    Raises ValueError for a gamma, eps, mode, init or lambda_ other than these.
+
+    Cost: one read of both importances, a read and a write of the weights where something changes; ``"mean"`` reads
+    the weights once more. Sources: DeepClean, Shi et al. 2024; selective synaptic dampening, Foster et al. 2024.
     """
+    if mode not in get_args(ResetMode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(ResetMode))}, got {mode!r}")
+    if (init is not None) != (mode == "init"):
+        raise ValueError('init= and mode="init" belong together')
+    if not (isfinite(lambda_) and lambda_ > 0):
+        raise ValueError(f"lambda_ must be a positive number, got {lambda_}")
     staged = [w if w.is_contiguous() else w.contiguous() for w in weights]
     masks = [w.new_empty((w.numel() + 31) // 32, dtype=torch.int32) for w in weights]
-    counts = torch.empty(len(weights), dtype=torch.int64, device=weights[0].device if weights else "cpu")
-    _ops.threshold_reset_(staged, list(forget), list(retain), gamma, masks, counts)
+    device = weights[0].device if weights else torch.device("cpu")
+    counts = torch.empty(len(weights), dtype=torch.int64, device=device)
+    rules = torch.zeros(len(weights), 3, dtype=torch.float64, device=device)
+    _assign(rules[:, 0], "gamma", gamma, positive=True)
+    _assign(rules[:, 1], "eps", eps)
+    if mode == "mean" and weights:
+        rules[:, 2] = torch.stack([w.detach().mean(dtype=_accumulator(w)).double() for w in weights]).nan_to_num()
+    number = {"init": 1, "dampen": 2}.get(mode, 0)
+    _ops.threshold_reset_(
+        staged, list(forget), list(retain), rules, number, lambda_, list(init or ()), masks, counts
+    )  # fmt: skip
     _write_back(weights, staged)
     return masks, counts
 
 
+def ratio_histogram(
+    forget: Sequence[Tensor], retain: Sequence[Tensor], eps: PerTensor = 0.0, per_tensor: bool = False
+) -> Tensor:
+    """How many ratios forget / (retain + eps) fall into each bin of :func:`ratio_edges`, eight bins an octave.
+
+    Args as :func:`threshold_reset_`. Returns int64 [2041], or [tensors, 2041] if ``per_tensor``; dead weights (both
+    importances zero) and NaN are in no bin, so the sum counts the live ones. Histograms of several devices add up.
+
+    Cost: one read of both importances.
+    """
+    device = forget[0].device if forget else torch.device("cpu")
+    rows = len(forget) if per_tensor else 1
+    counts = _count(forget, retain, _eps(forget, eps), torch.zeros(rows, dtype=torch.int32, device=device), 0)
+    counts = counts[:, : _LAST_BIN + 1]
+    return counts if per_tensor else counts[0]
+
+
+def ratio_edges() -> Tensor:
+    """Bin b of :func:`ratio_histogram` holds ratios from edges[b] to below edges[b + 1]: float32 [2041], 0 to inf."""
+    return (torch.arange(_LAST_BIN + 1, dtype=torch.int32) << 20).view(torch.float32)
+
+
+def select_gamma(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    fraction: float,
+    eps: PerTensor = 0.0,
+    per_tensor: bool = False,
+) -> Tensor:
+    """The gamma above which the given share of the live weights lies: exact, with no sort and no copy.
+
+    With k = round(fraction * live), gamma is the (k + 1)-th largest of the ratios that :func:`threshold_reset_`
+    compares, so exactly k weights pass it, fewer only where ratios are equal. Live are the weights with any
+    importance at all. Radix selection on the bits of the float32 ratios, for any number of weights.
+
+    Args:
+        forget, retain, eps: as :func:`threshold_reset_`.
+        fraction: between 0 and 1.
+        per_tensor: one gamma for each tensor instead of one for all.
+
+    Returns: float32, 0-dimensional or [tensors], on the device of the importances; NaN where no weight is live, which
+    resets nothing. The host waits for nothing.
+
+    Raises ValueError for a fraction outside (0, 1).
+
+    Cost: three reads of both importances and a workspace of 16 KB, or 16 KB per tensor.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+    device = forget[0].device if forget else torch.device("cpu")
+    rows = len(forget) if per_tensor else 1
+    table = _eps(forget, eps)
+    prefix = torch.zeros(rows, dtype=torch.int32, device=device)
+    for level in range(_LEVELS):
+        counts = _count(forget, retain, table, prefix, level)
+        if level == 0:
+            live = counts.sum(1)
+            rank = torch.minimum((live.double() * fraction).round().long(), live - 1)  # of larger ratios
+        at_least = counts.flip(1).cumsum(1).flip(1)  # at_least[d]: how many have digit d or a larger one
+        digit = ((at_least > rank[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)
+        rank = rank - (at_least - counts).gather(1, digit)[:, 0]
+        prefix = (prefix << (0 if level == 0 else 10)) | digit[:, 0].int()
+    gamma = prefix.view(torch.float32).masked_fill(live == 0, torch.nan)
+    return gamma if per_tensor else gamma[0]
+
+
+_LEVELS, _BINS = 3, 2048
+_LAST_BIN = 255 << 3  # of infinity; what lies above would be NaN
+
+
+def _count(forget: Sequence[Tensor], retain: Sequence[Tensor], eps: Tensor, prefix: Tensor, level: int) -> Tensor:
+    counts = torch.zeros(len(prefix), _BINS, dtype=torch.int64, device=prefix.device)
+    _ops.ratio_histogram_(counts, list(forget), list(retain), eps, prefix, level)
+    return counts
+
+
+def _eps(tensors: Sequence[Tensor], eps: PerTensor) -> Tensor:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    table = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    _assign(table, "eps", eps)
+    return table
+
+
+def _assign(column: Tensor, name: str, value: PerTensor, positive: bool = False) -> None:
+    """Write one value, or one per tensor, into a column of a table; numbers are checked, tensors are not read."""
+    if not isinstance(value, Tensor):
+        wanted = "positive" if positive else "not negative"
+        for number in (value,) if isinstance(value, (int, float)) else value:
+            if not (isfinite(number) and (number > 0 if positive else number >= 0)):
+                raise ValueError(f"{name} must be finite and {wanted}, got {number}")
+        if isinstance(value, (int, float)):
+            column.fill_(value)  # a launch, where a copy from the host could not be captured in a graph
+            return
+        value = torch.tensor(list(value), dtype=torch.float64)
+    if value.dim() > 1 or value.numel() not in (1, len(column)):
+        raise ValueError(f"{name} must be one number or one for each of {len(column)} tensors, got {list(value.shape)}")
+    column.copy_(value)
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set gradients to zero wherever the mask bit is 0 (NaN included), in one launch.
+
+    For an optimizer of one's own without weight decay; :func:`masked_sgd_` and :func:`masked_adamw_` need no masked
+    gradient and keep no state for the rest.
 
     Args:
         grads: written in place, as ``weights`` of :func:`threshold_reset_`.
@@ -164,6 +314,88 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     staged = [g if g.is_contiguous() else g.contiguous() for g in grads]
     _ops.mask_grads_(staged, list(masks))
     _write_back(grads, staged)
+
+
+def mask_starts(mask: Tensor) -> Tensor:
+    """Where the state of a masked step begins: bits set before each block of 32 words, and in all.
+
+    Args: mask, int32 [words] as of :func:`threshold_reset_`. Returns int64 [ceil(words / 32) + 1]; the last entry is
+    the length of the state. Cost: a few temporaries of the size of the mask.
+    """
+    x = mask.long() & 0xFFFFFFFF  # population count in parallel, Warren, Hacker's Delight, section 5-1
+    x = x - (x >> 1 & 0x55555555)
+    x = (x & 0x33333333) + (x >> 2 & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    bits = (x * 0x01010101 & 0xFFFFFFFF) >> 24
+    blocks = F.pad(bits, (0, -len(bits) % 32)).view(-1, 32).sum(1)
+    return F.pad(blocks.cumsum(0), (1, 0))
+
+
+def masked_sgd_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    """One step of SGD, as torch.optim.SGD takes it, on the weights whose mask bit is 1; the others are not touched.
+
+    Args:
+        weights: written in place, as of :func:`threshold_reset_`.
+        grads: shaped and typed like the weights; read where the bit is 1.
+        masks: int32 bit masks, in row-major order of each weight.
+        starts: of each mask, :func:`mask_starts`.
+        momentum_buffers: float32 (float64 for float64 weights) [bits of the mask], zero before the first step; of
+            another length they are refused on a CPU, and on CUDA, where nobody looks, memory would be overrun.
+
+    Cost: a read of the masks, and of weight, gradient and buffer where a bit is set; one launch.
+    """
+    _masked_step("masked_sgd_", weights, grads, masks, starts, (momentum_buffers,), lr, momentum, weight_decay, nesterov)
+
+
+def masked_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int = 1,
+) -> None:
+    """One step of AdamW, as torch.optim.AdamW takes it, on the weights whose mask bit is 1; as :func:`masked_sgd_`.
+
+    ``means`` and ``squares`` are the moments, [bits of the mask], zero before ``step`` 1.
+    """
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    _masked_step(
+        "masked_adamw_", weights, grads, masks, starts, (means, squares), lr, beta1, beta2, eps, weight_decay, step
+    )  # fmt: skip
+
+
+def _masked_step(
+    op: str,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    states: tuple[Sequence[Tensor], ...],
+    *options: float,
+) -> None:
+    if not weights and not grads:
+        return
+    staged = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    getattr(_ops, op)(staged, list(grads), list(masks), list(starts), *map(list, states), *options)
+    _write_back(weights, staged)
 
 
 def _write_back(tensors: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
@@ -179,6 +411,6 @@ def _nothing(*args: object, **kwargs: object) -> None:
 
 for _name in (
     "sq_grad_linear", "sq_grad_conv2d", "sq_grad_affine", "sq_grad_bias", "sq_grad_embedding",
-    "threshold_reset_", "mask_grads_",
+    "threshold_reset_", "ratio_histogram_", "mask_grads_", "masked_sgd_", "masked_adamw_",
 ):  # fmt: skip
     torch.library.register_fake(f"fastunlearn::{_name}", _nothing)

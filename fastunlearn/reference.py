@@ -66,23 +66,107 @@ def sq_grad_embedding(out: Tensor, indices: Tensor, grad_output: Tensor, padding
     return out
 
 
+def importance_ratio(forget: Tensor, retain: Tensor, eps: float = 0.0) -> Tensor:
+    """forget / (retain + eps) as float32 of the same shape; NaN for a dead weight, whose importances are both zero."""
+    wide = torch.float64 if forget.dtype == torch.float64 else torch.float32
+    f, r = forget.to(wide), retain.to(wide)
+    ratio = (f / (r + torch.tensor(eps, dtype=wide, device=f.device))).float()
+    return ratio.masked_fill((f == 0) & (r == 0), torch.nan)
+
+
 def threshold_reset_(
-    weights: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor], gamma: float
+    weights: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    gamma: float | Sequence[float],
+    mode: str = "zero",
+    eps: float | Sequence[float] = 0.0,
+    init: Sequence[Tensor] | None = None,
+    lambda_: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
-    """weight = 0 where forget > gamma * retain, the product rounded once in the dtype of the importances."""
+    """weight = 0 | mean | init | weight * min(1, lambda_ / ratio) where the ratio of importances passes gamma."""
     masks, counts = [], []
-    for w, f, r in zip(weights, forget, retain, strict=True):
-        reset = f > torch.tensor(gamma, dtype=r.dtype, device=r.device) * r
-        w.masked_fill_(reset, 0)
+    gammas, floors = ([v] * len(weights) if isinstance(v, (int, float)) else list(v) for v in (gamma, eps))
+    for i, (w, f, r) in enumerate(zip(weights, forget, retain, strict=True)):
+        ratio = importance_ratio(f, r, floors[i])
+        reset = ratio > torch.tensor(gammas[i], dtype=torch.float32, device=ratio.device)
+        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        if mode == "dampen":
+            factor = torch.tensor(lambda_, dtype=wide, device=w.device) / ratio.to(wide)  # one rounding
+            new = (w.to(wide) * factor.clamp(max=1)).to(w.dtype)
+        elif mode == "init":
+            assert init is not None
+            new = init[i]
+        else:
+            new = w.mean(dtype=wide).to(w.dtype) if mode == "mean" else torch.zeros_like(w)
+        w.copy_(torch.where(reset, new, w))
         masks.append(pack_mask(reset))
         counts.append(reset.sum())
     return masks, torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)
+
+
+def select_gamma(
+    forget: Sequence[Tensor], retain: Sequence[Tensor], fraction: float, eps: float | Sequence[float] = 0.0
+) -> Tensor:
+    """The (k + 1)-th largest ratio of all tensors together, k = round(fraction * live), by sorting."""
+    floors = [eps] * len(forget) if isinstance(eps, (int, float)) else list(eps)
+    ratios = [importance_ratio(f, r, e).flatten() for f, r, e in zip(forget, retain, floors, strict=True)]
+    live = torch.cat([r[r >= 0] for r in ratios])
+    if not len(live):
+        return torch.tensor(torch.nan)
+    return live.sort(descending=True).values[min(round(fraction * len(live)), len(live) - 1)]
 
 
 def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """grad = 0 wherever the mask bit is 0; a NaN there is overwritten too."""
     for g, mask in zip(grads, masks, strict=True):
         g.masked_fill_(~unpack_mask(mask, g.shape), 0)
+
+
+def masked_sgd_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    """torch.optim.SGD on the masked weights; the buffers hold only theirs, in row-major order."""
+    for w, g, mask, buffer in zip(weights, grads, masks, momentum_buffers, strict=True):
+        where = unpack_mask(mask, w.shape)
+        old, grad = w[where].to(buffer.dtype), g[where].to(buffer.dtype)
+        grad = grad + weight_decay * old
+        if momentum:
+            buffer.mul_(momentum).add_(grad)
+            grad = grad + momentum * buffer if nesterov else buffer
+        w[where] = (old - lr * grad).to(w.dtype)
+
+
+def masked_adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int = 1,
+) -> None:
+    """torch.optim.AdamW on the masked weights; the moments hold only theirs, in row-major order."""
+    for w, g, mask, mean, square in zip(weights, grads, masks, means, squares, strict=True):
+        where = unpack_mask(mask, w.shape)
+        old, grad = w[where].to(mean.dtype), g[where].to(mean.dtype)
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2**step)).sqrt() + eps
+        w[where] = (old * (1 - lr * weight_decay) - lr / (1 - beta1**step) * mean / root).to(w.dtype)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastunlearn import ops
 
@@ -52,20 +52,12 @@ class Backend:
     def device(self) -> str:
         return "cuda" if self.name == "cuda" else "cpu"
 
-    def threshold_reset_(self, weights: list[Tensor], *args: Any) -> tuple[list[Tensor], Tensor]:
-        """The operator, with masks and counts to write to."""
-        if self.name != "emulated":
-            return ops.threshold_reset_(weights, *args)
-        masks = [torch.full(((w.numel() + 31) // 32,), -1, dtype=torch.int32) for w in weights]
-        counts = torch.full((len(weights),), -1)
-        torch.ops.fastunlearn_emulated.threshold_reset_(weights, *args, masks, counts)
-        return masks, counts
-
-    def __call__(self, op: str, *args: Any) -> Any:
-        if self.name == "emulated":
-            return getattr(torch.ops.fastunlearn_emulated, op)(*args)
+    def __call__(self, op: str, *args: Any, **options: Any) -> Any:
         function: Callable[..., Any] = getattr(ops, op)
-        return function(*args)
+        if self.name != "emulated":
+            return function(*args, **options)
+        with patch.object(ops, "_ops", torch.ops.fastunlearn_emulated):
+            return function(*args, **options)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -3,15 +3,31 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 #include "common/check.h"
+#include "reset/masked_step.h"
+#include "reset/ratio_histogram.h"
 #include "reset/threshold_reset.h"
 
 namespace fastunlearn {
 
 inline int64_t mask_words(int64_t elements) { return (elements + 31) / 32; }
+
+// Of a tensor that is_storage_type().
+inline ElementType element_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::Double:
+      return kDouble;
+    default:
+      return kFloat;
+  }
+}
 
 inline void check_list(const char* op, const char* name, const std::vector<Tensor>& list,
                        const char* first_name, const std::vector<Tensor>& first) {
@@ -19,11 +35,24 @@ inline void check_list(const char* op, const char* name, const std::vector<Tenso
         " ", name, "; one of each per tensor is needed");
 }
 
-inline void check_distinct(const char* op, const char* name, const std::vector<Tensor>& list,
-                           size_t i) {
-  for (size_t j = 0; j < i; ++j) {
-    check(!overlap(list[i], list[j]), op, ": ", name, "[", i, "] shares memory with ", name, "[", j,
-          "]; pass a tied tensor once");
+// No two tensors of a list that is written share memory. Sorted by address: a list can be long.
+inline void check_distinct(const char* op, const char* name, const std::vector<Tensor>& list) {
+  struct Range {
+    const char *begin, *end;
+    size_t index;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const auto* begin = static_cast<const char*>(list[i].const_data_ptr());
+    const size_t bytes = list[i].numel() * list[i].element_size();
+    if (bytes) ranges.push_back({begin, begin + bytes, i});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.index < b.index;
+  });
+  for (size_t k = 1; k < ranges.size(); ++k) {
+    check(ranges[k].begin >= ranges[k - 1].end, op, ": ", name, "[", ranges[k].index,
+          "] shares memory with ", name, "[", ranges[k - 1].index, "]; pass a tied tensor once");
   }
 }
 
@@ -34,71 +63,175 @@ inline void check_mask(const char* op, size_t i, const Tensor& mask, const Tenso
         "] beside ", describe(masked));
 }
 
-struct ThresholdDoor {
-  std::vector<Tensor> forget, retain;  // contiguous
+// A small table that an operator reads or writes: `type` [rows, columns], or [rows] for 0 columns.
+inline void check_table(const char* op, const char* name, const Tensor& table, ScalarType type,
+                        int64_t rows, int64_t columns = 0) {
+  const bool shaped = columns == 0 ? table.dim() == 1 && table.size(0) == rows
+                                   : table.dim() == 2 && table.size(0) == rows &&
+                                         table.size(1) == columns;
+  check(shaped && table.scalar_type() == type && table.is_contiguous(), op, ": ", name, " is ",
+        describe(table), ", expected contiguous ", torch::headeronly::toString(type), " [", rows,
+        columns ? ", " : "", columns ? std::to_string(columns) : "", "]");
+}
+
+inline void check_floating(const char* op, const char* name, size_t i, const Tensor& tensor,
+                           const Tensor& beside) {
+  check(is_storage_type(tensor.scalar_type()), op, ": ", name, "[", i, "] is ", describe(tensor),
+        "; float32, bfloat16, float16 or float64 is needed");
+  check(same_device(tensor, beside), op, ": ", name, "[", i, "] is ", describe(tensor), " but ",
+        name, "[0] or its table is ", describe(beside), "; pass one list per device");
+}
+
+// Pairs of importances, contiguous, each pair of one shape and type.
+struct Importances {
+  std::vector<Tensor> forget, retain;
   std::vector<int64_t> sizes;
 
-  ThresholdDoor(const std::vector<Tensor>& weights, const std::vector<Tensor>& forget_,
-                const std::vector<Tensor>& retain_, double gamma, const std::vector<Tensor>& masks,
-                const Tensor& counts) {
-    constexpr const char* op = "threshold_reset_";
-    check(std::isfinite(gamma) && gamma > 0, op, ": gamma = ", gamma,
-          " must be a positive number; at or below 0 every weight that is used would be reset");
-    check_list(op, "forget importances", forget_, "weights", weights);
-    check_list(op, "retain importances", retain_, "weights", weights);
-    check_list(op, "masks", masks, "weights", weights);
-    check_output(op, "counts", counts);
-    check(counts.scalar_type() == ScalarType::Long && counts.dim() == 1 &&
-              counts.size(0) == static_cast<int64_t>(weights.size()),
-          op, ": counts is ", describe(counts), ", expected Long [", weights.size(), "]");
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const Tensor& weight = weights[i];
-      check_output(op, "weight", weight);
-      check(same_device(weight, counts), op, ": weights[", i, "] is ", describe(weight),
-            " but counts is ", describe(counts), "; pass one list per device");
-      check(is_storage_type(weight.scalar_type()), op, ": weights[", i, "] is ", describe(weight),
-            "; float32, bfloat16, float16 or float64 is needed");
-      check_distinct(op, "weights", weights, i);
-      add_importance(op, "forget", i, weight, forget_[i], forget);
-      add_importance(op, "retain", i, weight, retain_[i], retain);
-      check(forget[i].scalar_type() == retain[i].scalar_type(), op, ": forget[", i, "] is ",
-            describe(forget[i]), " but retain[", i, "] is ", describe(retain[i]));
-      check_mask(op, i, masks[i], weight);
-      check_output(op, "mask", masks[i]);
-      check_distinct(op, "masks", masks, i);
-      sizes.push_back(weight.numel());
+  Importances(const char* op, const std::vector<Tensor>& forget_,
+              const std::vector<Tensor>& retain_, const Tensor& beside) {
+    check_list(op, "retain importances", retain_, "forget importances", forget_);
+    for (size_t i = 0; i < forget_.size(); ++i) {
+      const Tensor &f = forget_[i], &r = retain_[i];
+      check(same_shape(f, r) && f.scalar_type() == r.scalar_type() && same_device(f, r), op,
+            ": forget[", i, "] is ", describe(f), " but retain[", i, "] is ", describe(r));
+      check(same_device(f, beside), op, ": forget[", i, "] is ", describe(f), " beside ",
+            describe(beside), "; pass one list per device");
+      check(f.scalar_type() == ScalarType::Float || f.scalar_type() == ScalarType::BFloat16 ||
+                f.scalar_type() == ScalarType::Double,
+            op, ": forget[", i, "] is ", describe(f),
+            "; importances are float32, bfloat16 or float64");
+      forget.push_back(readable(op, "forget", f, beside));
+      retain.push_back(readable(op, "retain", r, beside));
+      sizes.push_back(f.numel());
     }
-  }
-
- private:
-  static void add_importance(const char* op, const char* name, size_t i, const Tensor& weight,
-                             const Tensor& importance, std::vector<Tensor>& list) {
-    check(same_shape(importance, weight) && same_device(importance, weight), op, ": ", name, "[", i,
-          "] is ", describe(importance), " but the weight is ", describe(weight));
-    check(importance.scalar_type() == ScalarType::Float ||
-              importance.scalar_type() == ScalarType::Double,
-          op, ": ", name, "[", i, "] is ", describe(importance),
-          "; importances are float32 or float64");
-    list.push_back(readable(op, name, importance, weight));
   }
 };
 
-struct MaskGradsDoor {
+struct ThresholdDoor {
+  Importances importances;
+  std::vector<Tensor> initial;
+
+  ThresholdDoor(const std::vector<Tensor>& weights, const std::vector<Tensor>& forget,
+                const std::vector<Tensor>& retain, const Tensor& rules, int64_t mode,
+                const std::vector<Tensor>& initial_, const std::vector<Tensor>& masks,
+                const Tensor& counts)
+      : importances(kOp, forget, retain, counts) {
+    check_list(kOp, "forget importances", forget, "weights", weights);
+    check_list(kOp, "masks", masks, "weights", weights);
+    check(mode == kFill || mode == kInit || mode == kDampen, kOp, ": mode is ", mode,
+          "; 0 fills, 1 takes initial values, 2 dampens");
+    if (mode == kInit) check_list(kOp, "initial values", initial_, "weights", weights);
+    const auto n = static_cast<int64_t>(weights.size());
+    check_table(kOp, "rules", rules, ScalarType::Double, n, kResetRules);
+    check_table(kOp, "counts", counts, ScalarType::Long, n);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const Tensor& weight = weights[i];
+      check_output(kOp, "weight", weight);
+      check_floating(kOp, "weights", i, weight, counts);
+      check(same_shape(weight, forget[i]), kOp, ": forget[", i, "] is ", describe(forget[i]),
+            " but the weight is ", describe(weight));
+      check(!overlap(importances.forget[i], weight) && !overlap(importances.retain[i], weight), kOp,
+            ": weights[", i, "] shares memory with its importance; pass a copy of that");
+      check_mask(kOp, i, masks[i], weight);
+      check_output(kOp, "mask", masks[i]);
+      if (mode != kInit) continue;
+      check(same_shape(initial_[i], weight) && same_device(initial_[i], weight) &&
+                initial_[i].scalar_type() == weight.scalar_type(),
+            kOp, ": initial[", i, "] is ", describe(initial_[i]), " but the weight is ",
+            describe(weight));
+      initial.push_back(readable(kOp, "initial", initial_[i], weight));
+    }
+    check_distinct(kOp, "weights", weights);
+    check_distinct(kOp, "masks", masks);
+  }
+
+ private:
+  static constexpr const char* kOp = "threshold_reset_";
+};
+
+struct RatioHistogramDoor {
+  Importances importances;
+  RatioHistogramParams params{};
+
+  RatioHistogramDoor(const Tensor& counts, const std::vector<Tensor>& forget,
+                     const std::vector<Tensor>& retain, const Tensor& eps, const Tensor& prefix,
+                     int64_t level)
+      : importances(kOp, forget, retain, counts) {
+    const auto n = static_cast<int64_t>(forget.size());
+    const int64_t rows = counts.dim() == 2 ? counts.size(0) : 0;
+    check(rows == 1 || rows == n, kOp, ": counts is ", describe(counts), ", expected [1, ",
+          kRatioBins, "] or one row for each of ", n, " tensors");
+    check(level >= 0 && level < kRatioLevels, kOp, ": level is ", level, ", expected 0, 1 or 2");
+    check_table(kOp, "counts", counts, ScalarType::Long, rows, kRatioBins);
+    check_table(kOp, "eps", eps, ScalarType::Double, n);
+    check_table(kOp, "prefix", prefix, ScalarType::Int, rows);
+    check(same_device(eps, counts) && same_device(prefix, counts), kOp,
+          ": eps, prefix and counts must be on one device");
+    params.eps = static_cast<const double*>(eps.const_data_ptr());
+    params.prefix = static_cast<const int32_t*>(prefix.const_data_ptr());
+    params.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+    params.per_tensor = rows == n;
+    params.level = static_cast<int32_t>(level);
+  }
+
+ private:
+  static constexpr const char* kOp = "ratio_histogram_";
+};
+
+// What mask_grads_ and the masked steps write, and the masks that say where.
+struct MaskDoor {
   std::vector<Tensor> masks;
   std::vector<int64_t> sizes;
 
-  MaskGradsDoor(const std::vector<Tensor>& grads, const std::vector<Tensor>& masks_) {
-    constexpr const char* op = "mask_grads_";
-    check_list(op, "masks", masks_, "gradients", grads);
-    for (size_t i = 0; i < grads.size(); ++i) {
-      check_output(op, "gradient", grads[i]);
-      check(is_storage_type(grads[i].scalar_type()) && same_device(grads[i], grads[0]), op,
-            ": grads[", i, "] is ", describe(grads[i]), "; floating point on one device is needed");
-      check_distinct(op, "grads", grads, i);
-      check_mask(op, i, masks_[i], grads[i]);
-      masks.push_back(readable(op, "mask", masks_[i], grads[i]));
-      sizes.push_back(grads[i].numel());
+  MaskDoor(const char* op, const char* name, const std::vector<Tensor>& written,
+           const std::vector<Tensor>& masks_) {
+    check_list(op, "masks", masks_, name, written);
+    for (size_t i = 0; i < written.size(); ++i) {
+      check_output(op, name, written[i]);
+      check_floating(op, name, i, written[i], written[0]);
+      check_mask(op, i, masks_[i], written[i]);
+      masks.push_back(readable(op, "mask", masks_[i], written[i]));
+      sizes.push_back(written[i].numel());
     }
+    check_distinct(op, name, written);
+  }
+};
+
+struct MaskedStepDoor : MaskDoor {
+  std::vector<Tensor> grads;
+
+  // States are as long as the mask has bits, the last of `starts`; reading that on a GPU would wait
+  // for it, so there the caller is trusted.
+  MaskedStepDoor(const char* op, const std::vector<Tensor>& weights,
+                 const std::vector<Tensor>& grads_, const std::vector<Tensor>& masks_,
+                 const std::vector<Tensor>& starts,
+                 const std::vector<const std::vector<Tensor>*>& states)
+      : MaskDoor(op, "weights", weights, masks_) {
+    check_list(op, "gradients", grads_, "weights", weights);
+    check_list(op, "starts", starts, "weights", weights);
+    for (const auto* list : states) check_list(op, "states", *list, "weights", weights);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const Tensor &weight = weights[i], &grad = grads_[i];
+      check(same_shape(grad, weight) && same_device(grad, weight) &&
+                grad.scalar_type() == weight.scalar_type(),
+            op, ": grads[", i, "] is ", describe(grad), " but the weight is ", describe(weight));
+      grads.push_back(readable(op, "gradient", grad, weight));
+      check_table(op, "starts", starts[i], ScalarType::Long, mask_starts(sizes[i]) + 1);
+      check(same_device(starts[i], weight), op, ": starts[", i, "] is ", describe(starts[i]));
+      for (const auto* list : states) {
+        const Tensor& state = (*list)[i];
+        const int64_t bits = weight.is_cpu() ? static_cast<const int64_t*>(
+                                                   starts[i].const_data_ptr())[mask_starts(sizes[i])]
+                                             : (*states[0])[i].numel();
+        check(state.dim() == 1 && state.numel() == bits && state.is_contiguous() &&
+                  state.scalar_type() == accumulator_of(weight.scalar_type()) &&
+                  same_device(state, weight) && !overlap(state, weight),
+              op, ": the state of weights[", i, "] is ", describe(state), ", expected contiguous ",
+              torch::headeronly::toString(accumulator_of(weight.scalar_type())),
+              " [bits of the mask] beside ", describe(weight));
+      }
+    }
+    for (const auto* list : states) check_distinct(op, "states", *list);
   }
 };
 

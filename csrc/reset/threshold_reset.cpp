@@ -1,116 +1,137 @@
-// threshold_reset_ and mask_grads_ on a CPU: threads over mask words, so that no two write the same
-// one.
+// threshold_reset_ on a CPU: threads over chunks, vectors over the 32 elements of a mask word.
 #include "reset/threshold_reset.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <bit>
-#include <cstring>
 
-#include "common/cpu.h"
+#include "common/dispatch.h"
 #include "reset/doors.h"
+#include "reset/ratio_cpu.h"
+#include "reset/tensor_list_cpu.h"
 
 namespace fastunlearn {
 namespace {
 
-constexpr int64_t kWordsPerTask = 2048;
+struct ResetChunk {
+  const void *forget, *retain, *initial;
+  void* weight;
+  uint32_t* mask;
+  int64_t begin, end;
+  const double* rule;
+  double dampening;
+  ResetMode mode;
+  ElementType type;
+};
 
-inline void write_zero(void* data, size_t element_bytes, int64_t i) {
-  std::memset(static_cast<char*>(data) + i * element_bytes, 0, element_bytes);
-}
-
-// Bit j of the word: forget[j] > gamma * retain[j], for the `size` <= 32 elements of one word.
-template <typename Importance>
-FASTUNLEARN_INLINE uint32_t reset_word(const Importance* forget, const Importance* retain,
-                                       Importance gamma, int size) {
-  uint32_t word = 0;
-  for (int j = 0; j < size; ++j) {
-    const Importance limit = gamma * retain[j];
-    word |= static_cast<uint32_t>(forget[j] > limit) << j;
+// Replaces the weights whose bit is set; the others are written back as they were, a vector at a
+// time, because memory moves whole cache lines anyway.
+template <typename Weight>
+FASTUNLEARN_INLINE void replace_word(const ResetChunk& chunk, int64_t first, int size,
+                                     uint32_t word, const float* ratios) {
+  using Acc = CpuAccumulator<Weight>;
+  auto* weight = static_cast<Weight*>(chunk.weight) + first;
+  if (chunk.mode == kFill) {
+    const Weight fill(static_cast<Acc>(chunk.rule[kFillValue]));
+    for (int j = 0; j < size; ++j) weight[j] = word >> j & 1 ? fill : weight[j];
+  } else if (chunk.mode == kInit) {
+    const auto* initial = static_cast<const Weight*>(chunk.initial) + first;
+    for (int j = 0; j < size; ++j) weight[j] = word >> j & 1 ? initial[j] : weight[j];
+  } else {
+    const auto dampening = static_cast<Acc>(chunk.dampening);
+    for (int j = 0; j < size; ++j) {
+      const Acc factor = std::min(Acc(1), dampening / static_cast<Acc>(ratios[j]));
+      weight[j] = word >> j & 1 ? Weight(widen(weight[j]) * factor) : weight[j];
+    }
   }
-  return word;
+}
+
+template <typename Weight, typename Importance>
+FASTUNLEARN_INLINE int64_t reset_chunk(const ResetChunk& chunk) {
+  const auto* forget = static_cast<const Importance*>(chunk.forget);
+  const auto* retain = static_cast<const Importance*>(chunk.retain);
+  const auto gamma = static_cast<float>(chunk.rule[kGamma]);
+  const auto eps = static_cast<CpuAccumulator<Importance>>(chunk.rule[kEps]);
+  int64_t count = 0;
+  for (int64_t first = chunk.begin; first < chunk.end; first += kWordBits) {
+    const int64_t size = std::min<int64_t>(kWordBits, chunk.end - first);
+    float ratios[kWordBits];
+    importance_ratios(forget + first, retain + first, eps, size, ratios);
+    uint32_t word = 0;
+    for (int j = 0; j < kWordBits; ++j) word |= static_cast<uint32_t>(ratios[j] > gamma) << j;
+    chunk.mask[first / kWordBits] = word;
+    count += std::popcount(word);
+    if (word == 0) continue;
+    if (size == kWordBits) {
+      replace_word<Weight>(chunk, first, kWordBits, word, ratios);
+    } else {
+      replace_word<Weight>(chunk, first, static_cast<int>(size), word, ratios);
+    }
+  }
+  return count;
 }
 
 template <typename Importance>
-FASTUNLEARN_INLINE void reset_words(const void* forget, const void* retain, double gamma,
-                                    int64_t size, int64_t begin, int64_t end, uint32_t* mask) {
-  for (int64_t w = begin; w < end; ++w) {
-    const int64_t first = 32 * w;
-    mask[w] =
-        reset_word(static_cast<const Importance*>(forget) + first,
-                   static_cast<const Importance*>(retain) + first, static_cast<Importance>(gamma),
-                   static_cast<int>(std::min<int64_t>(32, size - first)));
+FASTUNLEARN_INLINE int64_t reset_chunk_of(const ResetChunk& chunk) {
+  switch (chunk.type) {
+    case kBFloat16:
+      return reset_chunk<c10::BFloat16, Importance>(chunk);
+    case kHalf:
+      return reset_chunk<c10::Half, Importance>(chunk);
+    case kDouble:
+      return reset_chunk<double, Importance>(chunk);
+    default:
+      return reset_chunk<float, Importance>(chunk);
   }
 }
 
 FASTUNLEARN_CPU_CLONES
-void reset_words_float(const void* forget, const void* retain, double gamma, int64_t size,
-                       int64_t begin, int64_t end, uint32_t* mask) {
-  reset_words<float>(forget, retain, gamma, size, begin, end, mask);
+int64_t reset_chunk_float(const ResetChunk& chunk) { return reset_chunk_of<float>(chunk); }
+
+FASTUNLEARN_CPU_CLONES
+int64_t reset_chunk_bfloat16(const ResetChunk& chunk) {
+  return reset_chunk_of<c10::BFloat16>(chunk);
 }
 
 FASTUNLEARN_CPU_CLONES
-void reset_words_double(const void* forget, const void* retain, double gamma, int64_t size,
-                        int64_t begin, int64_t end, uint32_t* mask) {
-  reset_words<double>(forget, retain, gamma, size, begin, end, mask);
-}
+int64_t reset_chunk_double(const ResetChunk& chunk) { return reset_chunk_of<double>(chunk); }
 
 void threshold_reset_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& forget,
-                         const std::vector<Tensor>& retain, double gamma,
-                         const std::vector<Tensor>& masks, const Tensor& counts) {
-  const ThresholdDoor door(weights, forget, retain, gamma, masks, counts);
+                         const std::vector<Tensor>& retain, const Tensor& rules, int64_t mode,
+                         double dampening, const std::vector<Tensor>& initial,
+                         const std::vector<Tensor>& masks, Tensor counts) {
+  const ThresholdDoor door(weights, forget, retain, rules, mode, initial, masks, counts);
+  torch::stable::zero_(counts);
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
+  const auto* rule = static_cast<const double*>(rules.const_data_ptr());
+  std::vector<ResetChunk> whole;
+  std::vector<int64_t (*)(const ResetChunk&)> reset;
   for (size_t i = 0; i < weights.size(); ++i) {
-    auto* mask = static_cast<uint32_t*>(masks[i].mutable_data_ptr());
-    void* weight = weights[i].mutable_data_ptr();
-    const size_t bytes = weights[i].element_size();
-    const auto words =
-        door.forget[i].scalar_type() == ScalarType::Double ? reset_words_double : reset_words_float;
-    const void* f = door.forget[i].const_data_ptr();
-    const void* r = door.retain[i].const_data_ptr();
-    torch::stable::parallel_for(0, mask_words(door.sizes[i]), kWordsPerTask,
-                                [&](int64_t begin, int64_t end) {
-                                  words(f, r, gamma, door.sizes[i], begin, end, mask);
-                                  for (int64_t w = begin; w < end; ++w) {
-                                    for (uint32_t left = mask[w]; left != 0; left &= left - 1) {
-                                      write_zero(weight, bytes, 32 * w + std::countr_zero(left));
-                                    }
-                                  }
-                                });
-    count[i] = 0;
-    for (int64_t w = 0; w < mask_words(door.sizes[i]); ++w) count[i] += std::popcount(mask[w]);
+    whole.push_back({door.importances.forget[i].const_data_ptr(),
+                     door.importances.retain[i].const_data_ptr(),
+                     mode == kInit ? door.initial[i].const_data_ptr() : nullptr,
+                     weights[i].mutable_data_ptr(),
+                     static_cast<uint32_t*>(masks[i].mutable_data_ptr()), 0, 0,
+                     rule + kResetRules * i, dampening, static_cast<ResetMode>(mode),
+                     element_type(weights[i])});
+    const ElementType importance = element_type(door.importances.forget[i]);
+    reset.push_back(importance == kDouble     ? reset_chunk_double
+                    : importance == kBFloat16 ? reset_chunk_bfloat16
+                                              : reset_chunk_float);
   }
-}
-
-void mask_grads_cpu(const std::vector<Tensor>& grads, const std::vector<Tensor>& masks) {
-  const MaskGradsDoor door(grads, masks);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const auto* mask = static_cast<const uint32_t*>(door.masks[i].const_data_ptr());
-    char* grad = static_cast<char*>(grads[i].mutable_data_ptr());
-    const size_t bytes = grads[i].element_size();
-    const int64_t size = door.sizes[i];
-    torch::stable::parallel_for(0, mask_words(size), kWordsPerTask,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t w = begin; w < end; ++w) {
-                                    const int64_t first = 32 * w;
-                                    const int64_t last = std::min(size, first + 32);
-                                    if (mask[w] == 0) {  // most words of a sparse mask
-                                      std::memset(grad + first * bytes, 0, (last - first) * bytes);
-                                      continue;
-                                    }
-                                    for (int64_t e = first; e < last; ++e) {
-                                      if (!(mask[w] >> (e - first) & 1)) write_zero(grad, bytes, e);
-                                    }
-                                  }
-                                });
-  }
+  for_each_chunk(door.importances.sizes, [&](const ListChunk& part) {
+    ResetChunk chunk = whole[part.entry];
+    chunk.begin = part.begin;
+    chunk.end = part.end;
+    // Integers add up to the same total in any order.
+    __atomic_fetch_add(count + part.entry, reset[part.entry](chunk), __ATOMIC_RELAXED);
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastunlearn, CPU, m) {
   m.impl("threshold_reset_", TORCH_BOX(&threshold_reset_cpu));
-  m.impl("mask_grads_", TORCH_BOX(&mask_grads_cpu));
 }
 
 }  // namespace fastunlearn

@@ -1,0 +1,8 @@
+// For the few lines of arithmetic that CPU and CUDA kernels share word for word.
+#pragma once
+
+#ifdef __CUDACC__
+#define FASTUNLEARN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FASTUNLEARN_HOST_DEVICE inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,83 @@
+"""What the methods that compare Fisher information share: which weights may change, and their two importances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn import ops
+from fastunlearn.data import Batches, LossFunction
+from fastunlearn.fisher import Kind, fisher_diagonal
+from fastunlearn.outcome import Outcome
+
+Protected = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Fisher diagonals on both sets, for the parameters that may change."""
+
+    parameters: dict[str, nn.Parameter]
+    forget: list[Tensor]
+    retain: list[Tensor]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p.data for p in self.parameters.values()]
+
+    def floors(self, floor: float) -> Tensor:
+        """``floor`` times the mean retained importance of each tensor, float64 [tensors]."""
+        return floor * torch.stack([r.mean(dtype=torch.float64) for r in self.retain])
+
+    def live(self) -> int:
+        """Weights with any importance at all."""
+        return int(ops.ratio_histogram(self.forget, self.retain).sum())
+
+
+def candidates(model: nn.Module, protect: Sequence[Protected]) -> dict[str, nn.Parameter]:
+    """Parameters that require grad and are not protected by name or by the type of a module around them.
+
+    Raises ValueError for a name the model does not have, or if nothing is left.
+    """
+    types = tuple(kind for kind in protect if isinstance(kind, type))
+    names = {name for name in protect if isinstance(name, str)}
+    unknown = names - set(dict(model.named_parameters()))
+    if unknown:
+        raise ValueError(f"protect names {sorted(unknown)}, which the model does not have")
+    guarded = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters()}
+    found = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and name not in names and id(p) not in guarded
+    }
+    if not found:
+        raise ValueError("there is no weight to reset: all are protected or do not require grad")
+    return found
+
+
+def measure(
+    outcome: Outcome,
+    model: nn.Module,
+    forget: Batches,
+    retain: Batches,
+    parameters: dict[str, nn.Parameter],
+    kind: Kind,
+    loss_fn: LossFunction | None,
+    seed: int,
+    progress: bool,
+) -> Importances:
+    """Both Fisher passes, timed as phases ``fisher_forget`` and ``fisher_retain``; errors as of fisher_diagonal."""
+    found: list[list[Tensor]] = []
+    for name, batches in (("forget", forget), ("retain", retain)):
+        with outcome.phase(f"fisher_{name}"):
+            fisher = fisher_diagonal(model, batches, loss_fn, kind, list(parameters), seed, progress, name)
+        found.append([fisher[parameter] for parameter in parameters])
+    return Importances(parameters, *found)
+
+
+def protected_names(protect: Sequence[Protected]) -> list[str]:
+    """For the settings of an outcome."""
+    return [kind if isinstance(kind, str) else kind.__name__ for kind in protect]
