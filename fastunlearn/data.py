@@ -80,7 +80,9 @@ def _batch(raw: Any, name: str, device: torch.device) -> Batch:
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits [N, C, ...] per sample [N]; further axes (positions) are averaged."""
+    """Cross-entropy of logits [N, C, ...] per sample [N], halves in float32; further axes (positions) are averaged."""
+    if outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()
     loss = F.cross_entropy(outputs, targets, reduction="none")
     return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
 

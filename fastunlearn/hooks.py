@@ -51,9 +51,12 @@ def recording(modules: Iterable[nn.Module], on_call: Callable[[Call], None]) -> 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put back training flags, ``requires_grad`` and the random state when the block ends, however it ends."""
+    """Put back training flags, ``requires_grad``, ``.grad`` and the random state when the block ends, however it ends.
+
+    A gradient from before must not be written to meanwhile: drop it with ``zero_grad(set_to_none=True)``.
+    """
     training = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -61,8 +64,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in training:
                 module.training = mode
-            for parameter, requires_grad in trainable:
+            for parameter, requires_grad, grad in trainable:
                 parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
 
 
 @contextmanager
@@ -82,6 +86,18 @@ def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | Non
             for tensor, copy in [*((p, copy) for _, p, copy in copies), *buffers]:
                 tensor.copy_(copy)
         raise
+
+
+@contextmanager
+def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put the parameters back as they were when the block ends, however it ends."""
+    copies = [(p, p.detach().clone()) for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, copy in copies:
+                parameter.copy_(copy)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -354,7 +354,9 @@ def masked_sgd_(
 
     Cost: a read of the masks, and of weight, gradient and buffer where a bit is set; one launch.
     """
-    _masked_step("masked_sgd_", weights, grads, masks, starts, (momentum_buffers,), lr, momentum, weight_decay, nesterov)
+    _masked_step(
+        "masked_sgd_", weights, grads, masks, starts, (momentum_buffers,), lr, momentum, weight_decay, nesterov
+    )
 
 
 def masked_adamw_(
@@ -377,9 +379,8 @@ def masked_adamw_(
     """
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
-    _masked_step(
-        "masked_adamw_", weights, grads, masks, starts, (means, squares), lr, beta1, beta2, eps, weight_decay, step
-    )  # fmt: skip
+    options = (lr, beta1, beta2, eps, weight_decay, step)
+    _masked_step("masked_adamw_", weights, grads, masks, starts, (means, squares), *options)
 
 
 def _masked_step(

@@ -128,7 +128,6 @@ class MaskedAdamW(_MaskedOptimizer):
         group["step"] += 1
         beta1, beta2 = group["betas"]
         ops.masked_adamw_(
-            weights, grads, masks, starts, *moments,
-            lr=float(group["lr"]), beta1=float(beta1), beta2=float(beta2), eps=group["eps"],
-            weight_decay=group["weight_decay"], step=group["step"],
+            weights, grads, masks, starts, moments[0], moments[1],
+            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], group["step"],
         )  # fmt: skip

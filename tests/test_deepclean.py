@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,11 @@ from models import classifier, unchanged, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastunlearn import DeepClean, fisher_diagonal
+from fastunlearn import DeepClean, MaskedAdamW, MaskedSGD, SelectiveSynapticDampening, fisher_diagonal, ops, reference
+from fastunlearn.evaluate import Metrics, evaluate
+from fastunlearn.methods.baselines import initialise
+from fastunlearn.methods.explanation import Sweep, SweepPoint
+from fastunlearn.outcome import Outcome
 
 
 def test_resets_exactly_the_weights_whose_ratio_passes_gamma() -> None:
@@ -20,27 +27,71 @@ def test_resets_exactly_the_weights_whose_ratio_passes_gamma() -> None:
     forgotten, retained = fisher_diagonal(model, forget), fisher_diagonal(model, retain)
     outcome = DeepClean(gamma=2.0, floor=0.5, finetune_epochs=0).unlearn(model, forget, retain)
     for name, parameter in model.named_parameters():
-        reset = forgotten[name] > 2.0 * (retained[name] + 0.5 * retained[name].mean())
+        reset = reference.importance_ratio(forgotten[name], retained[name], 0.5 * float(retained[name].mean())) > 2
         assert torch.equal(parameter, before[name].masked_fill(reset, 0)), name
         assert outcome.changed.get(name, 0) == int(reset.sum())
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
-def test_fraction_counts_over_all_tensors(fraction: float) -> None:
+def test_fraction_counts_live_weights_over_all_tensors(fraction: float) -> None:
     model, forget, retain = classifier()
     outcome = DeepClean(fraction=fraction, finetune_epochs=0).unlearn(model, forget, retain)
-    total = sum(p.numel() for p in model.parameters())
-    # A ratio shared by several weights can not be split, so fewer may go; gamma * retain and forget / retain are
-    # rounded differently, so one or two at the threshold itself may go beyond.
-    assert fraction - 0.1 < outcome.details["share_reset"] <= fraction + 2 / total
+    both = fisher_diagonal(model := classifier()[0], forget), fisher_diagonal(model, retain)
+    live = sum(int(((both[0][name] > 0) | (both[1][name] > 0)).sum()) for name in both[0])
+    assert live < sum(p.numel() for p in model.parameters())
+    assert outcome.details["live"] == live
+    # Ratios are float32 numbers of a few hundred values of information: none is shared here.
+    assert sum(outcome.changed.values()) == round(fraction * live)
+    assert outcome.details["share_reset"] == pytest.approx(fraction, abs=1 / live)
 
 
-def test_only_reset_weights_move_in_fine_tuning() -> None:
+def test_per_layer_takes_the_fraction_from_every_tensor() -> None:
+    model, forget, retain = classifier()
+    outcome = DeepClean(fraction=0.25, per_layer=True, finetune_epochs=0).unlearn(model, forget, retain)
+    explanation = DeepClean(fraction=0.25, per_layer=True).explain(classifier()[0], forget, retain)
+    for layer in explanation.layers:
+        assert layer.reset == round(0.25 * layer.live) == outcome.changed.get(layer.name, 0)
+    assert set(outcome.details["gamma"]) == set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("reset", ["zero", "mean", "init"])
+def test_what_reset_weights_are_reset_to(reset: Any) -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    state = torch.get_rng_state()
+    outcome = DeepClean(fraction=0.3, reset=reset, finetune_epochs=0, seed=4).unlearn(model, forget, retain)
+    assert torch.equal(torch.get_rng_state(), state)
+    zeroed, *_ = classifier()
+    DeepClean(fraction=0.3, finetune_epochs=0).unlearn(zeroed, forget, retain)
+    torch.manual_seed(4)
+    fresh, *_ = classifier()
+    initialise(fresh)
+    for name, parameter in model.named_parameters():
+        mask = (zeroed.get_parameter(name) == 0) & (before[name] != 0)
+        goal = {"zero": torch.zeros(()), "mean": before[name].mean(), "init": fresh.get_parameter(name)}[reset]
+        assert torch.equal(parameter, torch.where(mask, goal, before[name])), name
+    assert outcome.settings["reset"] == reset
+
+
+TUNING: dict[str, dict[str, Any]] = {
+    "SGD": {},
+    "weight decay": {"weight_decay": 0.1},
+    "AdamW": {"optimizer": "adamw", "weight_decay": 0.1, "lr": 1e-3},
+    "cosine": {"cosine": True},
+    "dropout": {"dropout": True},
+    "autocast": {"autocast": torch.bfloat16},
+    "init": {"reset": "init"},
+}
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_only_reset_weights_move_in_fine_tuning(name: str) -> None:
     model, forget, retain = classifier()
     before = weights(model)
     untuned, *_ = classifier()
-    DeepClean(fraction=0.3, finetune_epochs=0).unlearn(untuned, forget, retain)
-    DeepClean(fraction=0.3, finetune_epochs=3).unlearn(model, forget, retain)
+    reset = TUNING[name].get("reset", "zero")
+    DeepClean(fraction=0.3, finetune_epochs=0, reset=reset).unlearn(untuned, forget, retain)
+    DeepClean(fraction=0.3, finetune_epochs=3, **TUNING[name]).unlearn(model, forget, retain)
     tuned = 0
     for name, parameter in model.named_parameters():
         frozen = dict(untuned.named_parameters())[name] == before[name]
@@ -83,6 +134,198 @@ def test_modes_gradients_and_random_state_are_put_back_and_runs_repeat() -> None
         assert all(p.grad is None for p in model.parameters())
         results.append(weights(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_dropout_fine_tunes_with_noise_from_the_seed() -> None:
+    def tuned(**options: Any) -> dict[str, Tensor]:
+        model, forget, retain = classifier()
+        model.insert(6, nn.Dropout(0.5))
+        model.eval()
+        DeepClean(fraction=0.3, **options).unlearn(model, forget, retain)
+        assert not any(m.training for m in model.modules())
+        return weights(model)
+
+    off, on, again, other = tuned(), tuned(dropout=True), tuned(dropout=True), tuned(dropout=True, seed=1)
+    assert all(torch.equal(on[k], again[k]) for k in on)
+    assert any(not torch.equal(on[k], off[k]) for k in on)
+    assert any(not torch.equal(on[k], other[k]) for k in on)
+    assert all(torch.equal(on[k], off[k]) for k in on if "running" in k or "batches" in k)
+
+
+def test_early_stop_keeps_the_weights_with_the_lowest_validation_loss() -> None:
+    model, forget, retain = classifier()
+    rest = retain[1:]
+    validation = [(x, torch.where(torch.arange(len(y)) % 4 == 0, (y + 1) % 4, y)) for x, y in retain[:1]]
+    options: dict[str, Any] = {"fraction": 0.4, "lr": 0.02}
+    outcome = DeepClean(**options, finetune_epochs=30, patience=2).unlearn(model, forget, rest, validation)
+    losses = outcome.details["validation_loss"]
+    best = losses.index(min(losses)) + 1
+    assert outcome.details["epochs"] == len(losses) == best + 2 < 30
+    same, *_ = classifier()
+    DeepClean(**options, finetune_epochs=best).unlearn(same, forget, rest)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def small_vit() -> nn.Module:
+    class Vit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(1, 8, 2, 2)
+            self.position = nn.Parameter(0.1 * torch.randn(1, 9, 8))
+            self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(self.patches(x).flatten(2).mT + self.position).mean(1))
+
+    torch.manual_seed(0)
+    return Vit().eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*sample by sample")
+@pytest.mark.parametrize("samples", [1, 20])
+def test_a_vision_transformer_and_a_single_sample(samples: int) -> None:
+    _, forget, retain = classifier()
+    forget = [(forget[0][0][:samples], forget[0][1][:samples])]
+    model = small_vit()
+    before = weights(model)
+    outcome = DeepClean(fraction=0.2, finetune_epochs=2, dropout=True).unlearn(model, forget, retain)
+    assert outcome.details["share_reset"] == pytest.approx(0.2, abs=0.01)
+    reset = sum(outcome.changed.values())
+    moved = sum(int((p != before[name]).sum()) for name, p in model.named_parameters())
+    assert 0 < moved <= reset
+
+
+def test_a_sweep_leaves_the_model_and_each_point_is_an_unlearning_of_its_own() -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    test = retain[-1:]
+    method = DeepClean(finetune_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sweep = method.sweep(model, forget, retain, gammas=[2.0], fractions=[0.1, 0.6], test=test)
+    assert unchanged(model, before)
+    for point, options in zip(sweep.points, [{"gamma": 2.0}, {"fraction": 0.1}, {"fraction": 0.6}], strict=True):
+        alone, *_ = classifier()
+        outcome = DeepClean(finetune_epochs=1, **options).unlearn(alone, forget, retain)
+        assert point.outcome.changed == outcome.changed
+        assert point.outcome.settings == outcome.settings
+        assert point.metrics == evaluate(alone, forget=forget, retain=retain, test=test)
+        assert point.retain_gap == abs(point.metrics.accuracy["retain"] - sweep.original.accuracy["retain"])
+    assert str(sweep).count("\n") == 3
+    assert json.loads(json.dumps(sweep.as_dict()))["points"][0]["settings"]["gamma"] == 2.0
+
+
+def point(forget_gap: float, retain_gap: float) -> SweepPoint:
+    return SweepPoint(Outcome("DeepClean", {}), Metrics({}, {}), forget_gap, retain_gap, None)
+
+
+def test_the_front_holds_what_nothing_beats_in_both_gaps() -> None:
+    points = [point(*gaps) for gaps in [(5, 1), (1, 5), (3, 3), (4, 4), (1, 6), (5, 0.5), (6, 0.5)]]
+    front = Sweep(Metrics({}, {}), points, 0.0).front()
+    assert [(p.forget_gap, p.retain_gap) for p in front] == [(1, 5), (3, 3), (5, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        (Metrics({"forget": 60.0, "retain": 99.0}, {}, 0.5, {"forget": -25.0, "retain": 0.0}), "below the reference's"),
+        (Metrics({"forget": 84.9, "retain": 99.0}, {}, 0.5, {"forget": -0.1, "retain": 0.0}), None),
+        (Metrics({"forget": 90.0, "retain": 99.0, "test": 90.0}, {}, 0.40), "by their high loss"),
+        (Metrics({"forget": 60.0, "retain": 99.0, "test": 90.0}, {}, 0.5), "below that on the test set"),
+        (Metrics({"forget": 95.0, "retain": 99.0, "test": 90.0}, {}, 0.55), None),
+    ],
+)
+def test_over_unlearning_is_warned_of(metrics: Metrics, expected: str | None) -> None:
+    outcome = Outcome("DeepClean", {}, details={"gamma": 1.5})
+    before = Metrics({"forget": 99.0, "retain": 99.0}, {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = SweepPoint.of(outcome, metrics, before, samples=1000)
+    if expected is None:
+        assert made.warning is None and not caught
+    else:
+        assert made.warning is not None and expected in made.warning
+        assert len(caught) == 1 and "over-unlearned" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"gammas": [1.0]}, "how much is enough"), ({"test": []}, "nothing to sweep")]
+)
+def test_a_sweep_without_thresholds_or_yardstick_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeepClean().sweep(*classifier(), **options)
+
+
+def test_explain_says_what_unlearn_would_reset(tmp_path: Path) -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    explanation = DeepClean(fraction=0.3).explain(model, forget, retain)
+    assert unchanged(model, before)
+    outcome = DeepClean(fraction=0.3, finetune_epochs=0).unlearn(model, forget, retain)
+    assert {layer.name: layer.reset for layer in explanation.layers if layer.reset} == outcome.changed
+    assert explanation.gamma == outcome.details["gamma"]
+    assert sum(layer.live for layer in explanation.layers) == outcome.details["live"]
+    for layer in explanation.layers:
+        assert int(layer.histogram.sum()) == layer.live <= layer.weights
+        assert layer.name in str(explanation)
+    explanation.picture(tmp_path / "layers.svg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DeepClean(finetune_epochs=0).sweep(model, forget, retain, fractions=[0.1], test=retain).picture(
+            tmp_path / "sweep.png"
+        )
+    assert (tmp_path / "layers.svg").read_text().count("<text") > 0
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dampening_shrinks_what_passes_alpha_and_nothing_else() -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    forgotten, retained = fisher_diagonal(model, forget), fisher_diagonal(model, retain)
+    outcome = SelectiveSynapticDampening(alpha=2.0, dampening=0.5).unlearn(model, forget, retain)
+    for name, parameter in model.named_parameters():
+        ratio = forgotten[name].double() / retained[name].double()
+        expected = before[name].double() * torch.where(ratio > 2, (0.5 / ratio).clamp(max=1), 1.0)
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=0)
+        assert torch.equal(parameter[~(ratio > 2)], before[name][~(ratio > 2)])
+        assert outcome.changed.get(name, 0) == int((ratio > 2).sum())
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"dampening": -1.0}, {"floor": -1.0}, {"alpha": float("nan")}])
+def test_dampening_refuses_settings_that_make_no_sense(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        SelectiveSynapticDampening(**options)
+
+
+def test_masked_optimizers_follow_torch_and_a_schedule() -> None:
+    torch.manual_seed(0)
+    for ours_type, theirs_type, options in (
+        (MaskedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
+        (MaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    ):
+        start = torch.randn(7, 9)
+        mask = torch.rand(7, 9) < 0.5
+        ours, theirs, unused = nn.Parameter(start.clone()), nn.Parameter(start.clone()), nn.Parameter(torch.ones(3))
+        mine = ours_type([ours, unused], [ops.pack_mask(mask), ops.pack_mask(torch.ones(3) > 0)], **options)
+        other = theirs_type([theirs], **options)
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (mine, other)]
+        assert sum(v.numel() for v in mine.state[ours].values()) == (2 - (ours_type is MaskedSGD)) * int(mask.sum())
+        for step in range(4):
+            for p in (ours, theirs):
+                p.grad = torch.sin(start + step)
+            loss = mine.step(lambda: 3.5)
+            other.step()
+            for schedule in schedules:
+                schedule.step()
+        assert loss == 3.5
+        assert torch.equal(unused, torch.ones(3))
+        assert torch.equal(ours[~mask], start[~mask])
+        torch.testing.assert_close(ours[mask], theirs[mask])
+    with pytest.raises(ValueError, match="1 parameters but 0 masks"):
+        MaskedSGD([unused], [])
+    with pytest.raises(ValueError, match="lr must"):
+        MaskedAdamW([unused], [ops.pack_mask(torch.ones(3) > 0)], lr=-1.0)
 
 
 def test_bfloat16_weights() -> None:
@@ -148,25 +391,53 @@ def test_bad_input_is_refused_before_any_weight_changes(name: str) -> None:
     assert unchanged(model, before)
 
 
-def test_an_interrupt_while_fine_tuning_puts_the_weights_back() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("phase", ["fisher_forget", "fisher_retain", "reset", "finetune", "last step"])
+def test_killed_in_any_phase_the_model_is_untouched(
+    phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, forget, retain = classifier()
     before = weights(model)
-    passes = 0
+    grads = [torch.ones_like(p) for p in model.parameters()]
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        p.grad = grad
+    changed_when_killed = []
 
-    class Interrupted(list[Any]):
+    def kill(*_: Any, **__: Any) -> None:
+        changed_when_killed.append(not unchanged(model, before))
+        raise error
+
+    class Killing(list[Any]):
+        """Kills during the first pass over it, after one batch."""
+
         def __iter__(self) -> Any:
-            nonlocal passes
-            passes += 1
-            for i, batch in enumerate(super().__iter__()):
-                if passes == 2 and i == 2:  # the first pass is for the Fisher information
-                    raise KeyboardInterrupt
-                yield batch
+            yield self[0]
+            kill()
 
-    with pytest.raises(KeyboardInterrupt):
-        DeepClean(fraction=0.3, finetune_epochs=2).unlearn(model, forget, Interrupted(retain))
-    assert passes == 2
+    if phase == "fisher_forget":
+        forget = Killing(forget)
+    elif phase == "fisher_retain":
+        retain = Killing(retain)
+    elif phase == "reset":
+        reset = ops.threshold_reset_
+
+        def reset_and_die(*args: Any, **options: Any) -> None:
+            reset(*args, **options)
+            kill()
+
+        monkeypatch.setattr(ops, "threshold_reset_", reset_and_die)
+    elif phase == "finetune":
+        steps = iter(range(3))
+        monkeypatch.setattr(ops, "masked_sgd_", lambda *_: next(steps, None) is None and kill())
+    else:
+        monkeypatch.setattr("fastunlearn.methods.deepclean.predict", kill)
+    with pytest.raises(error):
+        DeepClean(fraction=0.3, finetune_epochs=2).unlearn(model, forget, retain, validation=retain)
+    assert changed_when_killed == [phase in ("reset", "finetune", "last step")]
     assert unchanged(model, before)
     assert not any(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is g and bool((g == 1).all())
+               for p, g in zip(model.parameters(), grads, strict=True))  # fmt: skip
 
 
 def test_a_model_on_two_devices_is_refused() -> None:
@@ -186,6 +457,11 @@ def test_a_model_on_two_devices_is_refused() -> None:
         ({"fraction": 0.0}, "between 0 and 1"),
         ({"fraction": 1.0}, "between 0 and 1"),
         ({"floor": -1.0}, "not be negative"),
+        ({"floor": float("inf")}, "not be negative"),
+        ({"gamma": 1.0, "per_layer": True}, "give fraction"),
+        ({"reset": "half"}, "reset must be one of zero, mean, init"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw"),
+        ({"patience": 0}, "from 1"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

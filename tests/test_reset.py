@@ -41,7 +41,9 @@ def test_same_weights_masks_and_counts_as_the_reference(backend: Backend) -> Non
     expected = [w.clone() for w in weights]
     masks, counts = reference.threshold_reset_(expected, forget, retain, 1.7)
     ours = on(backend.device, weights)
-    got_masks, got_counts = backend("threshold_reset_", ours, on(backend.device, forget), on(backend.device, retain), 1.7)
+    got_masks, got_counts = backend(
+        "threshold_reset_", ours, on(backend.device, forget), on(backend.device, retain), 1.7
+    )
     assert got_counts.tolist() == counts.tolist()
     for ours_i, expected_i, mask, expected_mask in zip(ours, expected, got_masks, masks, strict=True):
         assert torch.equal(ours_i.cpu(), expected_i)
@@ -131,7 +133,9 @@ def test_zero_over_zero_keeps_and_anything_over_zero_resets(backend: Backend) ->
     forget = torch.tensor([0.0, 1.0, 1e-38, nan, 1.0, inf, inf, 2.0, 2.0])
     retain = torch.tensor([0.0, 0.0, 0.0, 1.0, nan, inf, 1.0, 1.0, inf])
     weight = torch.ones(9, device=backend.device)
-    (mask,), counts = backend("threshold_reset_", [weight], [forget.to(backend.device)], [retain.to(backend.device)], 2.0)
+    (mask,), counts = backend(
+        "threshold_reset_", [weight], [forget.to(backend.device)], [retain.to(backend.device)], 2.0
+    )
     assert weight.tolist() == [1, 0, 0, 1, 1, 1, 0, 1, 1]
     assert ops.unpack_mask(mask, weight.shape).tolist() == [w == 0 for w in weight.tolist()]
     assert counts.tolist() == [3]

@@ -5,51 +5,77 @@ Shi, Gourgoulias, Buford, Moran, Ghalyan: DeepClean, ECCV Workshops 2024 (arXiv 
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction
-from fastunlearn.fisher import FisherDiagonal, Kind, fisher_diagonal
-from fastunlearn.hooks import device_of, preserved, restored_on_error
+from fastunlearn.data import Batches, LossFunction, read
+from fastunlearn.evaluate import evaluate, predict
+from fastunlearn.fisher import Kind
+from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
+from fastunlearn.methods.baselines import initialise
+from fastunlearn.methods.explanation import Explanation, LayerShare, Sweep, SweepPoint
+from fastunlearn.methods.importance import Importances, Protected, candidates, measure, protected_names
 from fastunlearn.methods.training import descend
+from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
 
 DEFAULT_FRACTION = 0.3
+Reset = Literal["zero", "mean", "init"]
+OptimizerName = Literal["sgd", "adamw"]
 
 
 @dataclass(frozen=True)
 class DeepClean:
-    """Weights whose ratio of Fisher information forget / (retain + floor * mean of the tensor) passes gamma are set
-    to zero and fine-tuned on retained data; all others stay exactly as they are.
+    """Weights whose ratio of Fisher information forget / (retain + floor * mean of the tensor) passes gamma are reset
+    and fine-tuned on retained data; all others keep every bit.
 
     Args:
         gamma: the threshold on the ratio; give this or ``fraction``.
-        fraction: share of the weights to reset, from the largest ratio down, over all tensors together;
-            default 0.3 if neither is given. The paper names no value of gamma: search on held-back data.
+        fraction: share of the live weights (those with any information on either set) to reset, from the largest
+            ratio down; default 0.3 if neither is given. The paper names no value of gamma: search, see
+            :meth:`sweep`.
+        per_layer: ``fraction`` holds in each tensor by itself instead of over all together.
         floor: added to the retained information, in units of its mean over the tensor. Without it the largest
-            ratios belong to dead weights, whose information is near zero on both sides, and resetting them
+            ratios belong to nearly dead weights, whose information is near zero on both sides, and resetting them
             forgets nothing.
+        reset: ``"zero"``, ``"mean"`` of the tensor, or ``"init"``, fresh values of ``reset_parameters``.
         protect: parameter names, or module types, never reset (and therefore frozen).
-        finetune_epochs: passes over ``retain`` afterwards; 0 leaves the reset weights at zero.
-        lr, momentum: of SGD. The model is fine-tuned in eval mode: no dropout, BatchNorm statistics untouched.
+        finetune_epochs: passes over ``retain`` afterwards; 0 leaves the reset weights as they are.
+        optimizer: ``"sgd"`` or ``"adamw"``, with state for the reset weights only.
+        lr, momentum, weight_decay: of the optimizer (momentum of SGD alone; decay moves only reset weights).
+        cosine: let the learning rate fall to zero along half a cosine.
+        dropout: fine-tune in train mode but for BatchNorm and InstanceNorm, whose statistics are never touched.
+        autocast: fine-tune under torch.autocast of this dtype, such as torch.bfloat16.
+        patience: with a validation split, stop after so many epochs without a lower loss on it, and keep the best.
         fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
         loss_fn: one loss per sample; default cross-entropy.
-        seed: of the Monte-Carlo labels.
+        seed: of Monte-Carlo labels, fresh values and dropout.
         progress: show progress bars.
     """
 
     gamma: float | None = None
     fraction: float | None = None
+    per_layer: bool = False
     floor: float = 0.1
-    protect: tuple[str | type[nn.Module], ...] = ()
+    reset: Reset = "zero"
+    protect: tuple[Protected, ...] = ()
     finetune_epochs: int = 1
+    optimizer: OptimizerName = "sgd"
     lr: float = 0.01
     momentum: float = 0.9
+    weight_decay: float = 0.0
+    cosine: bool = False
+    dropout: bool = False
+    autocast: torch.dtype | None = None
+    patience: int | None = None
     fisher: Kind = "empirical"
     loss_fn: LossFunction | None = None
     seed: int = 0
@@ -62,118 +88,264 @@ class DeepClean:
             raise ValueError(f"gamma must be a positive number, got {self.gamma}")
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, got {self.fraction}")
-        if self.floor < 0 or self.finetune_epochs < 0:
+        if self.per_layer and self.gamma is not None:
+            raise ValueError("per_layer chooses a gamma for each tensor from fraction; give fraction, not gamma")
+        if not (math.isfinite(self.floor) and self.floor >= 0) or self.finetune_epochs < 0:
             raise ValueError("floor and finetune_epochs must not be negative")
+        if self.reset not in get_args(Reset):
+            raise ValueError(f"reset must be one of {', '.join(get_args(Reset))}, got {self.reset!r}")
+        if self.optimizer not in get_args(OptimizerName):
+            raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}, got {self.optimizer!r}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience counts epochs from 1, got {self.patience}")
 
-    def unlearn(self, model: nn.Module, forget: Batches, retain: Batches) -> Outcome:
+    def unlearn(self, model: nn.Module, forget: Batches, retain: Batches, validation: Batches | None = None) -> Outcome:
         """Make ``model`` forget, in place.
 
         Args:
             model: in eval mode if it has BatchNorm; weights that do not require grad are left alone.
             forget, retain: re-iterables of ``(inputs, targets)`` batches.
+            validation: retained data held back from ``retain``, for ``patience``.
 
         Returns:
-            An :class:`Outcome`; ``changed`` counts the reset weights per parameter, ``details`` holds gamma.
+            An :class:`Outcome`; ``changed`` counts the reset weights per parameter. ``details``: ``gamma`` (one
+            number, or per parameter with ``per_layer``), ``live`` (weights with any information), ``share_reset``
+            (reset over live), ``epochs`` run and ``validation_loss`` after each.
 
         Raises:
             TypeError, ValueError: as :func:`fastunlearn.fisher_diagonal`, before any weight changes;
                 FloatingPointError if fine-tuning diverges. Weights are put back whatever is raised, and when.
 
-        Cost: one Fisher pass over each set, one launch for the reset, ``finetune_epochs`` passes over ``retain``;
-        memory: four numbers per weight.
+        Cost: one Fisher pass over each set, three reads of the information for ``fraction``, one launch for the
+        reset, ``finetune_epochs`` passes over ``retain``; memory: four numbers per weight, and one (SGD) or two per
+        reset weight.
         """
+        self._check_validation(validation)
         outcome = Outcome("DeepClean", self._settings())
-        device = device_of(model)
-        parameters = self._candidates(model)
-        with outcome.measured(device), restored_on_error(model, parameters.values()):
-            forgotten, retained = (
-                self._fisher(outcome, model, batches, name, list(parameters))
-                for batches, name in ((forget, "forget"), (retain, "retain"))
-            )
-            with outcome.phase("reset"), torch.no_grad():
-                limits = {name: value + self.floor * value.mean() for name, value in retained.items()}
-                gamma = self.gamma if self.gamma is not None else self._select_gamma(forgotten, limits)
-                masks, counts = ops.threshold_reset_(
-                    [p.data for p in parameters.values()],
-                    [forgotten[name] for name in parameters],
-                    [limits[name] for name in parameters],
-                    gamma,
-                )
-            resets = dict(zip(parameters, counts.tolist(), strict=True))
-            outcome.changed = {name: count for name, count in resets.items() if count}
-            total = sum(p.numel() for p in parameters.values())
-            outcome.details = {"gamma": gamma, "share_reset": sum(resets.values()) / total}
-            with outcome.phase("finetune"):
-                self._finetune(model, parameters, dict(zip(parameters, masks, strict=True)), retain)
+        parameters = candidates(model, self.protect)
+        fresh = self._fresh(model, parameters)
+        with outcome.measured(device_of(model)), restored_on_error(model, parameters.values()):
+            importances = self._measure(outcome, model, forget, retain, parameters)
+            self._clean(outcome, model, importances, fresh, retain, validation)
         return outcome
 
-    def _fisher(
-        self, outcome: Outcome, model: nn.Module, batches: Batches, name: str, params: list[str]
-    ) -> FisherDiagonal:
-        with outcome.phase(f"fisher_{name}"):
-            return fisher_diagonal(model, batches, self.loss_fn, self.fisher, params, self.seed, self.progress, name)
+    def sweep(
+        self,
+        model: nn.Module,
+        forget: Batches,
+        retain: Batches,
+        *,
+        gammas: Sequence[float] = (),
+        fractions: Sequence[float] = (),
+        test: Batches | None = None,
+        reference: nn.Module | None = None,
+        retain_measured: Batches | None = None,
+        validation: Batches | None = None,
+    ) -> Sweep:
+        """Unlearn at many thresholds from one pair of Fisher passes; the model is left as it was.
 
-    def _candidates(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        types = tuple(kind for kind in self.protect if isinstance(kind, type))
-        names = {name for name in self.protect if isinstance(name, str)}
-        unknown = names - set(dict(model.named_parameters()))
-        if unknown:
-            raise ValueError(f"protect names {sorted(unknown)}, which the model does not have")
-        guarded = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters()}
-        found = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.requires_grad and name not in names and id(p) not in guarded
-        }
-        if not found:
-            raise ValueError("there is no weight to reset: all are protected or do not require grad")
-        return found
+        Args:
+            model, forget, retain, validation: as :meth:`unlearn`.
+            gammas, fractions: the thresholds to try, in place of this object's own.
+            test: never trained on; gives the membership attack, and without a reference the yardstick of forgetting.
+            reference: retrained without ``forget``, the yardstick of everything.
+            retain_measured: what retained accuracy is measured on, default ``retain``.
 
-    def _select_gamma(self, forgotten: FisherDiagonal, limits: dict[str, Tensor]) -> float:
-        ratios = torch.cat([(forgotten[name] / limits[name]).nan_to_num(nan=0.0).flatten() for name in limits])
+        Returns:
+            A :class:`Sweep` with one point per threshold: metrics, share reset, gaps and a warning where a point has
+            forgotten too much: forget accuracy below the reference's (the test set's without one) by more than two
+            standard errors, or an attack that tells forgotten from test samples the other way round.
+
+        Raises ValueError without any threshold, or without ``test`` and ``reference``; else as :meth:`unlearn`.
+
+        Cost: two Fisher passes; per threshold a reset, a fine-tuning and an evaluation; a copy of the weights.
+        """
+        self._check_validation(validation)
+        if not gammas and not fractions:
+            raise ValueError("nothing to sweep: give gammas= or fractions=")
+        if test is None and reference is None:
+            raise ValueError("how much is enough? give test=, reference= or both")
+        settings = [replace(self, gamma=g, fraction=None) for g in gammas]
+        settings += [replace(self, gamma=None, fraction=f) for f in fractions]
+        parameters = candidates(model, self.protect)
+        fresh = self._fresh(model, parameters)
+        measured = retain if retain_measured is None else retain_measured
+        sets: dict[str, Any] = {"forget": forget, "retain": measured, "test": test, "loss_fn": self.loss_fn}
+        before = evaluate(model, reference=reference, **sets)
+        passes = Outcome("DeepClean", self._settings())
+        importances = self._measure(passes, model, forget, retain, parameters)
+        samples = sum(batch.size for batch in read(forget, "forget", device_of(model)))
+        points = []
+        for setting in settings:
+            outcome = Outcome("DeepClean", setting._settings())
+            with restored(parameters.values()):
+                setting._clean(outcome, model, importances, fresh, retain, validation)
+                metrics = evaluate(model, reference=reference, **sets)
+            points.append(SweepPoint.of(outcome, metrics, before, samples))
+        return Sweep(before, points, sum(passes.seconds.values()))
+
+    def explain(self, model: nn.Module, forget: Batches, retain: Batches) -> Explanation:
+        """Which layers hold the forgotten data: the share of each that would be reset; nothing is changed.
+
+        Errors as :meth:`unlearn`. Cost: its two Fisher passes, one launch and a copy of the weights.
+        """
+        outcome = Outcome("DeepClean", self._settings())
+        importances = self._measure(outcome, model, forget, retain, candidates(model, self.protect))
+        gamma, floors = self._threshold(importances)
+        copies = [w.clone() for w in importances.weights]
+        _, counts = ops.threshold_reset_(copies, importances.forget, importances.retain, gamma, eps=floors)
+        histograms = ops.ratio_histogram(importances.forget, importances.retain, floors, per_tensor=True).cpu()
+        layers = [
+            LayerShare(name, copies[i].numel(), int(histograms[i].sum()), int(counts[i]), histograms[i])
+            for i, name in enumerate(importances.parameters)
+        ]
+        return Explanation(self._report(gamma, importances), layers, ops.ratio_edges())
+
+    def _measure(
+        self,
+        outcome: Outcome,
+        model: nn.Module,
+        forget: Batches,
+        retain: Batches,
+        parameters: dict[str, nn.Parameter],
+    ) -> Importances:
+        return measure(
+            outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress
+        )  # fmt: skip
+
+    def _threshold(self, importances: Importances) -> tuple[Tensor, Tensor]:
+        """Gamma, one or one per tensor, and the floors, on the device."""
+        floors = importances.floors(self.floor)
+        if self.gamma is not None:
+            return torch.tensor(self.gamma, dtype=torch.float32, device=floors.device), floors
         wanted = self.fraction if self.fraction is not None else DEFAULT_FRACTION
-        keep = ratios.numel() - round(wanted * ratios.numel())
-        gamma = float(ratios.kthvalue(max(keep, 1)).values)
-        if not (math.isfinite(gamma) and gamma > 0):
+        gamma = ops.select_gamma(importances.forget, importances.retain, wanted, floors, self.per_layer)
+        if not self.per_layer and not (math.isfinite(gamma) and gamma > 0):
             raise ValueError(
-                f"the ratio below which {1 - wanted:.0%} of the weights lie is {gamma}: too few weights carry any "
-                "information on the forgotten data; lower fraction or give gamma"
+                f"the ratio below which {1 - wanted:.0%} of the live weights lie is {float(gamma)}: too few weights "
+                "carry any information on the forgotten data; lower fraction or give gamma"
             )
-        return gamma
+        return gamma, floors
+
+    def _clean(
+        self,
+        outcome: Outcome,
+        model: nn.Module,
+        importances: Importances,
+        fresh: list[Tensor] | None,
+        retain: Batches,
+        validation: Batches | None,
+    ) -> None:
+        """Reset and fine-tune; the caller puts back what an exception leaves."""
+        names = list(importances.parameters)
+        with outcome.phase("reset"), torch.no_grad():
+            gamma, floors = self._threshold(importances)
+            masks, counts = ops.threshold_reset_(
+                importances.weights, importances.forget, importances.retain, gamma, self.reset, floors, fresh
+            )
+        resets = dict(zip(names, counts.tolist(), strict=True))
+        outcome.changed = {name: count for name, count in resets.items() if count}
+        live = importances.live()
+        outcome.details = {
+            "gamma": self._report(gamma, importances),
+            "live": live,
+            "share_reset": sum(resets.values()) / max(live, 1),
+        }
+        with outcome.phase("finetune"):
+            chosen = {name: mask for name, mask in zip(names, masks, strict=True) if resets[name]}
+            if chosen and self.finetune_epochs:
+                self._finetune(outcome, model, importances.parameters, chosen, retain, validation)
 
     def _finetune(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], masks: dict[str, Tensor], retain: Batches
+        self,
+        outcome: Outcome,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        masks: dict[str, Tensor],
+        retain: Batches,
+        validation: Batches | None,
     ) -> None:
-        chosen = [name for name in parameters if bool(masks[name].any())]
-        if not chosen or self.finetune_epochs == 0:
-            return
+        device = device_of(model)
+        tuned = [parameters[name] for name in masks]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = MaskedSGD(tuned, list(masks.values()), self.lr, self.momentum, self.weight_decay)
+        else:
+            optimizer = MaskedAdamW(tuned, list(masks.values()), self.lr, weight_decay=self.weight_decay)
+        schedule = None
+        if self.cosine:
+            steps = self.finetune_epochs * sum(1 for _ in read(retain, "retain", device))
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        best: list[Tensor] = []
+        losses: list[float] = []
 
-        def freeze() -> None:
-            used = [name for name in chosen if parameters[name].grad is not None]
-            ops.mask_grads_([parameters[n].grad for n in used], [masks[n] for n in used])  # type: ignore[misc]
+        def stop(epoch: int) -> bool:
+            outcome.details["epochs"] = epoch
+            if validation is None:
+                return False
+            losses.append(float(predict(model, validation, "validation", self.loss_fn)[1].mean()))
+            outcome.details["validation_loss"] = losses
+            lowest = losses.index(min(losses))
+            if self.patience is not None and lowest == len(losses) - 1:
+                best[:] = [p.detach().clone() for p in tuned]
+            return self.patience is not None and len(losses) - 1 - lowest >= self.patience
 
         with preserved(model):
-            model.eval()
+            torch.manual_seed(self.seed)
+            model.train(self.dropout)
+            for module in model.modules():
+                if isinstance(module, _NormBase):
+                    module.eval()
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-            for name in chosen:
-                parameters[name].requires_grad_(True)
-            # No weight decay: it would move the frozen weights.
-            optimizer = torch.optim.SGD([parameters[n] for n in chosen], lr=self.lr, momentum=self.momentum)
-            descend(
-                model, retain, "retain", optimizer, self.finetune_epochs, self.loss_fn,
-                before_step=freeze, progress=self.progress,
-            )  # fmt: skip
+            for parameter in tuned:
+                parameter.requires_grad_(True)
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                descend(
+                    model, retain, "retain", optimizer, self.finetune_epochs, self.loss_fn, schedule,
+                    after_epoch=stop, progress=self.progress,
+                )  # fmt: skip
+        with torch.no_grad():
+            for parameter, kept in zip(tuned, best, strict=False):  # none were kept without patience
+                parameter.copy_(kept)
+
+    def _fresh(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Tensor] | None:
+        """For ``reset="init"``: what a newly initialised model has in the same places."""
+        if self.reset != "init":
+            return None
+        other = copy.deepcopy(model)
+        with preserved(model), torch.no_grad():
+            torch.manual_seed(self.seed)
+            initialise(other)
+        named = dict(other.named_parameters())
+        return [named[name].detach() for name in parameters]
+
+    def _report(self, gamma: Tensor, importances: Importances) -> float | dict[str, float]:
+        if gamma.dim() == 0:
+            return float(gamma)
+        return dict(zip(importances.parameters, gamma.tolist(), strict=True))
+
+    def _check_validation(self, validation: Batches | None) -> None:
+        if self.patience is not None and validation is None:
+            raise ValueError("patience needs a validation split: pass validation=")
 
     def _settings(self) -> dict[str, Any]:
         return {
             "gamma": self.gamma,
             "fraction": self.fraction if self.gamma is not None or self.fraction else DEFAULT_FRACTION,
+            "per_layer": self.per_layer,
             "floor": self.floor,
-            "protect": [kind if isinstance(kind, str) else kind.__name__ for kind in self.protect],
+            "reset": self.reset,
+            "protect": protected_names(self.protect),
             "finetune_epochs": self.finetune_epochs,
+            "optimizer": self.optimizer,
             "lr": self.lr,
             "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "cosine": self.cosine,
+            "dropout": self.dropout,
+            "autocast": None if self.autocast is None else str(self.autocast),
+            "patience": self.patience,
             "fisher": self.fisher,
             "seed": self.seed,
         }

@@ -21,13 +21,13 @@ def descend(
     loss_fn: LossFunction | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     sign: float = 1.0,
-    before_step: Callable[[], None] | None = None,
+    after_epoch: Callable[[int], bool] | None = None,
     progress: bool = False,
 ) -> None:
     """Step the optimizer on the mean loss of every batch, ``epochs`` times over; ``sign=-1`` ascends.
 
-    ``before_step`` sees the gradients after each backward pass. The loop changes no mode: call it with the
-    model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
+    ``after_epoch`` is told the number of epochs done and returns whether to stop. The loop changes no mode: call it
+    with the model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
     """
     device = device_of(model)
     for epoch in _epochs(epochs, name, progress):
@@ -39,11 +39,11 @@ def descend(
                 )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(sign * loss)
-            if before_step is not None:
-                before_step()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
+        if after_epoch is not None and after_epoch(epoch):
+            break
     optimizer.zero_grad(set_to_none=True)
 
 
