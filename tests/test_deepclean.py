@@ -111,6 +111,17 @@ def test_fine_tuning_lowers_the_loss_on_retained_data() -> None:
     assert losses[1] < losses[0] / 2
 
 
+def test_fine_tuning_under_autocast_sees_every_step() -> None:
+    """Autocast keeps its casts of the weights as long as its context is open."""
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        model, forget, retain = classifier()
+        DeepClean(fraction=0.4, finetune_epochs=5, lr=0.05, autocast=dtype).unlearn(model, forget, retain)
+        with torch.no_grad():
+            losses.append(sum(float(F.cross_entropy(model(x), y, reduction="sum")) for x, y in retain))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_protected_weights_are_never_reset() -> None:
     model, forget, retain = classifier()
     before = weights(model)

@@ -32,30 +32,22 @@ class Images:
         return Images(self.x[index], self.y[index])
 
 
-@dataclass(frozen=True)
 class Loader:
-    """Normalised batches of ``images``; a new seeded order and random flips each epoch if ``train``."""
+    """Normalised batches of images in channels_last; if ``train``, in a new seeded order with random flips each epoch."""
 
-    images: Images
-    size: int = 250
-    train: bool = False
-    seed: int = 0
+    def __init__(self, images: Images, size: int = 250, train: bool = False, seed: int = 0) -> None:
+        self.images, self.size, self.train = images, size, train
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.images)
-        generator = torch.Generator().manual_seed(self.seed + (self._epoch() if self.train else 0))
-        order = torch.randperm(n, generator=generator) if self.train else torch.arange(n)
+        order = torch.randperm(n, generator=self.generator) if self.train else torch.arange(n)
         for pick in order.split(self.size):
             x = (self.images.x[pick].float() / 255 - MEAN) / DEVIATION
             if self.train:
-                flip = torch.rand(len(pick), generator=generator) < 0.5
+                flip = torch.rand(len(pick), generator=self.generator) < 0.5
                 x = torch.where(flip[:, None, None, None], x.flip(3), x)
-            yield x, self.images.y[pick]
-
-    def _epoch(self) -> int:
-        epoch = getattr(self, "_epochs", 0)
-        object.__setattr__(self, "_epochs", epoch + 1)
-        return 1_000_003 * (epoch + 1)
+            yield x.contiguous(memory_format=torch.channels_last), self.images.y[pick]
 
 
 def load_images(archive: Path, split: str) -> Images:
@@ -129,6 +121,6 @@ def train(images: Images, epochs: int, seed: int = 0, stop_after: int | None = N
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += loss.item()
         print(f"epoch {epoch + 1} of {epochs}: mean loss {total / steps:.4f}", flush=True)
     return model.eval()

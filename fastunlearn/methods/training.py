@@ -40,6 +40,7 @@ def descend(
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(sign * loss)
             optimizer.step()
+            torch.clear_autocast_cache()  # a context around the loop would go on with casts of the old weights
             if scheduler is not None:
                 scheduler.step()
         if after_epoch is not None and after_epoch(epoch):
