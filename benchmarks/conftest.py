@@ -23,9 +23,9 @@ def device() -> str:
 
 @pytest.fixture
 def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
-    """versus(ours, rounds=…, peer=function, …): time all in turn, ours through pytest-benchmark as well."""
+    """versus(ours, rounds=…, moved=bytes, peer=function, …): all in turn, ours through pytest-benchmark as well."""
 
-    def run(ours: Callable[[], Any], rounds: int = 7, **peers: Callable[[], Any]) -> None:
+    def run(ours: Callable[[], Any], rounds: int = 7, moved: int = 0, **peers: Callable[[], Any]) -> None:
         functions = {"ours": ours, **peers}
         times: dict[str, list[float]] = {name: [] for name in functions}
         for function in functions.values():
@@ -42,9 +42,12 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
                 "medians": medians,
             }
         )
+        if moved:
+            benchmark.extra_info["gigabytes_per_second"] = moved / medians["ours"] / 1e9
         benchmark.pedantic(lambda: _timed(ours), rounds=rounds)
         cells = ", ".join(f"{name} {1e3 * t:.2f} ms ({t / medians['ours']:.2f}x)" for name, t in medians.items())
-        _lines.append(f"{request.node.name}: {cells}")
+        rate = f" [{moved / medians['ours'] / 1e9:.1f} GB/s]" if moved else ""
+        _lines.append(f"{request.node.name}: {cells}{rate}")
 
     return run
 

@@ -22,7 +22,11 @@ def resnet50() -> list[tuple[int, ...]]:
     shapes, channels = convolution(64, 3, 7), 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [*convolution(width, channels, 1), *convolution(width, width, 3), *convolution(4 * width, width, 1)]
+            shapes += [
+                *convolution(width, channels, 1),
+                *convolution(width, width, 3),
+                *convolution(4 * width, width, 1),
+            ]
             if block == 0:
                 shapes += convolution(4 * width, channels, 1)
             channels = 4 * width
@@ -49,13 +53,12 @@ def lists(request: pytest.FixtureRequest, device: str) -> list[list[Tensor]]:
     return [[torch.rand(shape, device=device) for shape in shapes] for _ in range(3)]
 
 
-def test_threshold_reset(versus: Any, lists: list[list[Tensor]], record_bytes: Any) -> None:
+def test_threshold_reset(versus: Any, lists: list[list[Tensor]]) -> None:
     weights, forget, retain = lists
     total = sum(w.numel() for w in weights)
     # As many bytes as ours moves: two importances read, and one weight read and written, for each weight.
     source = torch.cat([t.flatten() for t in (*forget, *retain)])
     target = torch.empty_like(source)
-    record_bytes(16 * total)
 
     def composed(weights: list[Tensor], forget: list[Tensor], retain: list[Tensor]) -> list[Tensor]:
         counts = []
@@ -76,6 +79,7 @@ def test_threshold_reset(versus: Any, lists: list[list[Tensor]], record_bytes: A
         peers["compiled"] = lambda: compiled(weights, forget, retain)
     versus(
         lambda: ops.threshold_reset_(weights, forget, retain, GAMMA),
+        moved=16 * total,
         composed_torch=lambda: composed(weights, forget, retain),
         foreach=foreach,
         copy_of_as_many_bytes=lambda: target.copy_(source),
@@ -83,10 +87,9 @@ def test_threshold_reset(versus: Any, lists: list[list[Tensor]], record_bytes: A
     )
 
 
-def test_select_gamma(versus: Any, lists: list[list[Tensor]], record_bytes: Any) -> None:
+def test_select_gamma(versus: Any, lists: list[list[Tensor]]) -> None:
     _, forget, retain = lists
     total = sum(f.numel() for f in forget)
-    record_bytes(3 * 8 * total)
 
     def ratios() -> Tensor:
         return torch.cat([(f / r).flatten() for f, r in zip(forget, retain, strict=True)])
@@ -102,6 +105,7 @@ def test_select_gamma(versus: Any, lists: list[list[Tensor]], record_bytes: Any)
     versus(
         lambda: ops.select_gamma(forget, retain, FRACTION),
         rounds=3,
+        moved=3 * 8 * total,
         kthvalue=kthvalue,
         topk=topk,
         one_read_of_both=lambda: read.sum(),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Batches = Iterable[Any]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -44,6 +44,22 @@ def require_batches(batches: Batches, name: str) -> None:
         )
     if not isinstance(batches, Iterable):
         raise TypeError(f"{name} must be an iterable of (inputs, targets) batches, got {type(batches).__name__}")
+
+
+@dataclass(frozen=True)
+class FirstSamples:
+    """The first batches of ``batches`` that hold ``samples`` samples together, whole batches; all for None."""
+
+    batches: Batches
+    samples: int | None
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for raw in self.batches:
+            yield raw
+            seen += next((len(leaf) for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+            if self.samples is not None and seen >= self.samples:
+                return
 
 
 def read(batches: Batches, name: str, device: torch.device) -> Iterator[Batch]:

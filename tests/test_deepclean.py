@@ -147,6 +147,16 @@ def test_modes_gradients_and_random_state_are_put_back_and_runs_repeat() -> None
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_fisher_samples_bounds_what_is_read_of_the_retained_data() -> None:
+    model, forget, retain = classifier()
+    outcome = DeepClean(gamma=2.0, fisher_samples=33, finetune_epochs=0).unlearn(model, forget, retain)
+    other, *_ = classifier()
+    assert len(retain[0][1]) < 33 <= sum(len(y) for _, y in retain[:2])
+    expected = DeepClean(gamma=2.0, finetune_epochs=0).unlearn(other, forget, retain[:2])
+    assert outcome.changed == expected.changed
+    assert unchanged(model, weights(other))
+
+
 def test_dropout_fine_tunes_with_noise_from_the_seed() -> None:
     def tuned(**options: Any) -> dict[str, Tensor]:
         model, forget, retain = classifier()
@@ -473,6 +483,7 @@ def test_a_model_on_two_devices_is_refused() -> None:
         ({"reset": "half"}, "reset must be one of zero, mean, init"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw"),
         ({"patience": 0}, "from 1"),
+        ({"fisher_samples": 0}, "1 or more"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

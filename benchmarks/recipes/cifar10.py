@@ -33,18 +33,23 @@ class Images:
 
 
 class Loader:
-    """Normalised batches of images in channels_last; if ``train``, in a new seeded order with random flips each epoch."""
+    """Normalised batches in channels_last, in order or in a new seeded order each epoch, with random flips or none."""
 
-    def __init__(self, images: Images, size: int = 250, train: bool = False, seed: int = 0) -> None:
-        self.images, self.size, self.train = images, size, train
+    def __init__(
+        self, images: Images, size: int = 250, shuffle: bool = False, flips: bool = False, seed: int = 0
+    ) -> None:
+        self.images, self.size, self.shuffle, self.flips = images, size, shuffle, flips
         self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.images)
-        order = torch.randperm(n, generator=self.generator) if self.train else torch.arange(n)
+        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
         for pick in order.split(self.size):
             x = (self.images.x[pick].float() / 255 - MEAN) / DEVIATION
-            if self.train:
+            if self.flips:
                 flip = torch.rand(len(pick), generator=self.generator) < 0.5
                 x = torch.where(flip[:, None, None, None], x.flip(3), x)
             yield x.contiguous(memory_format=torch.channels_last), self.images.y[pick]
@@ -106,7 +111,7 @@ def train(images: Images, epochs: int, seed: int = 0, stop_after: int | None = N
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
             assert module.bias is not None
             nn.init.zeros_(module.bias)
-    batches = Loader(images, size=128, train=True, seed=seed)
+    batches = Loader(images, size=128, shuffle=True, flips=True, seed=seed)
     steps = -(-len(images) // 128)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.08, total_steps=steps * epochs, pct_start=0.25)

@@ -17,7 +17,7 @@ from fastunlearn import ops
 from fastunlearn.data import Batches, LossFunction
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, restored_on_error
-from fastunlearn.methods.importance import Protected, candidates, measure, protected_names
+from fastunlearn.methods.importance import Protected, candidates, check_samples, measure, protected_names
 from fastunlearn.outcome import Outcome
 
 
@@ -34,6 +34,8 @@ class SelectiveSynapticDampening:
         floor: added to the retained information, in units of its mean over the tensor, as in DeepClean; 0 in the paper.
         protect: parameter names, or module types, never dampened.
         fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
+        fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
+            first of an iteration (shuffle them); None for all.
         loss_fn: one loss per sample; default cross-entropy.
         seed: of Monte-Carlo labels.
         progress: show progress bars.
@@ -44,6 +46,7 @@ class SelectiveSynapticDampening:
     floor: float = 0.0
     protect: tuple[Protected, ...] = ()
     fisher: Kind = "empirical"
+    fisher_samples: int | None = None
     loss_fn: LossFunction | None = None
     seed: int = 0
     progress: bool = False
@@ -54,6 +57,7 @@ class SelectiveSynapticDampening:
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if not (math.isfinite(self.floor) and self.floor >= 0):
             raise ValueError(f"floor must not be negative, got {self.floor}")
+        check_samples(self.fisher_samples)
 
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches) -> Outcome:
         """Make ``model`` forget, in place; model and batches as :meth:`fastunlearn.DeepClean.unlearn`.
@@ -69,7 +73,16 @@ class SelectiveSynapticDampening:
         parameters = candidates(model, self.protect)
         with outcome.measured(device_of(model)), restored_on_error(model, parameters.values()):
             importances = measure(
-                outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress
+                outcome,
+                model,
+                forget,
+                retain,
+                parameters,
+                self.fisher,
+                self.loss_fn,
+                self.seed,
+                self.progress,
+                self.fisher_samples,
             )
             with outcome.phase("dampen"), torch.no_grad():
                 _, counts = ops.threshold_reset_(
@@ -88,5 +101,6 @@ class SelectiveSynapticDampening:
             "floor": self.floor,
             "protect": protected_names(self.protect),
             "fisher": self.fisher,
+            "fisher_samples": self.fisher_samples,
             "seed": self.seed,
         }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
 from fastunlearn.methods.baselines import initialise
 from fastunlearn.methods.explanation import Explanation, LayerShare, Sweep, SweepPoint
-from fastunlearn.methods.importance import Importances, Protected, candidates, measure, protected_names
+from fastunlearn.methods.importance import Importances, Protected, candidates, check_samples, measure, protected_names
 from fastunlearn.methods.training import descend
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
@@ -56,6 +56,8 @@ class DeepClean:
         autocast: fine-tune under torch.autocast of this dtype, such as torch.bfloat16.
         patience: with a validation split, stop after so many epochs without a lower loss on it, and keep the best.
         fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
+        fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
+            first of an iteration (shuffle them); None for all.
         loss_fn: one loss per sample; default cross-entropy.
         seed: of Monte-Carlo labels, fresh values and dropout.
         progress: show progress bars.
@@ -77,6 +79,7 @@ class DeepClean:
     autocast: torch.dtype | None = None
     patience: int | None = None
     fisher: Kind = "empirical"
+    fisher_samples: int | None = None
     loss_fn: LossFunction | None = None
     seed: int = 0
     progress: bool = False
@@ -96,6 +99,7 @@ class DeepClean:
             raise ValueError(f"reset must be one of {', '.join(get_args(Reset))}, got {self.reset!r}")
         if self.optimizer not in get_args(OptimizerName):
             raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}, got {self.optimizer!r}")
+        check_samples(self.fisher_samples)
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience counts epochs from 1, got {self.patience}")
 
@@ -210,7 +214,8 @@ class DeepClean:
         parameters: dict[str, nn.Parameter],
     ) -> Importances:
         return measure(
-            outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress
+            outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress,
+                self.fisher_samples,
         )  # fmt: skip
 
     def _threshold(self, importances: Importances) -> tuple[Tensor, Tensor]:
@@ -274,7 +279,8 @@ class DeepClean:
             optimizer = MaskedAdamW(tuned, list(masks.values()), self.lr, weight_decay=self.weight_decay)
         schedule = None
         if self.cosine:
-            steps = self.finetune_epochs * sum(1 for _ in read(retain, "retain", device))
+            batches = len(retain) if isinstance(retain, Sized) else sum(1 for _ in read(retain, "retain", device))
+            steps = self.finetune_epochs * batches
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         best: list[Tensor] = []
         losses: list[float] = []
@@ -347,5 +353,6 @@ class DeepClean:
             "autocast": None if self.autocast is None else str(self.autocast),
             "patience": self.patience,
             "fisher": self.fisher,
+            "fisher_samples": self.fisher_samples,
             "seed": self.seed,
         }

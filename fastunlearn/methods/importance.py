@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction
+from fastunlearn.data import Batches, FirstSamples, LossFunction, require_batches
 from fastunlearn.fisher import Kind, fisher_diagonal
 from fastunlearn.outcome import Outcome
 
@@ -68,14 +68,24 @@ def measure(
     loss_fn: LossFunction | None,
     seed: int,
     progress: bool,
+    samples: int | None,
 ) -> Importances:
-    """Both Fisher passes, timed as phases ``fisher_forget`` and ``fisher_retain``; errors as of fisher_diagonal."""
+    """Both Fisher passes, timed as phases ``fisher_forget`` and ``fisher_retain``; errors as of fisher_diagonal.
+
+    ``samples`` bounds what is read of ``retain``.
+    """
+    require_batches(retain, "retain")
     found: list[list[Tensor]] = []
-    for name, batches in (("forget", forget), ("retain", retain)):
+    for name, batches in (("forget", forget), ("retain", FirstSamples(retain, samples))):
         with outcome.phase(f"fisher_{name}"):
             fisher = fisher_diagonal(model, batches, loss_fn, kind, list(parameters), seed, progress, name)
         found.append([fisher[parameter] for parameter in parameters])
     return Importances(parameters, *found)
+
+
+def check_samples(samples: int | None) -> None:
+    if samples is not None and samples < 1:
+        raise ValueError(f"fisher_samples must be 1 or more, or None for all, got {samples}")
 
 
 def protected_names(protect: Sequence[Protected]) -> list[str]:
