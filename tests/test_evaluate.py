@@ -55,6 +55,9 @@ def test_gap_is_measured_from_the_reference_and_no_model_changes() -> None:
     theirs = evaluate(other, forget=forget, test=retain)
     assert metrics.gap is not None
     assert metrics.gap["test"] == metrics.accuracy["test"] - theirs.accuracy["test"]
+    assert evaluate(model, forget=forget, test=retain, reference=theirs) == metrics
+    with pytest.raises(ValueError, match="reference was not measured on retain"):
+        evaluate(model, forget=forget, retain=retain, reference=theirs)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -36,24 +36,26 @@ import fastunlearn as fu
 EPOCHS = 14  # of training from scratch
 SAMPLES = 2_500  # held back by the search, forgotten by it, and read for the retained information
 MEASURED = 10_000  # retained images that accuracy is measured on
-BATCH = 128
+BATCH = 64
 
+# The first two convolutions hold edges and colours, cost most of a backward pass, and stay; so does batch norm, a zero
+# in which silences a whole channel.
+FIRST = ("features.0.weight", "features.0.bias", "features.4.weight", "features.4.bias")
 BASE = fu.DeepClean(
-    floor=0.0, lr=0.05, cosine=True, protect=(nn.BatchNorm2d,), autocast=torch.bfloat16, fisher_samples=SAMPLES
-)
-SHORT = replace(BASE, fraction=0.3)
-LONG = replace(BASE, fraction=0.5, finetune_epochs=3)
-FRACTIONS = (0.05, 0.1, 0.2, 0.4, 0.5)
-ALPHAS = (1.5, 2.0, 3.0, 5.0)
+    fraction=0.4, floor=0.0, lr=0.1, cosine=True, protect=(nn.BatchNorm2d, *FIRST), autocast=torch.bfloat16,
+    fisher_samples=SAMPLES,
+)  # fmt: skip
+SHORT = replace(BASE, finetune_epochs=1)
+LONG = replace(BASE, finetune_epochs=3)
+FRACTIONS = (0.1, 0.2, 0.5)
+ALPHAS = (2.0, 5.0)
 GRID: list[dict[str, Any]] = [
     {"fraction": 0.1, "floor": 0.1, "lr": 0.03},
-    {"fraction": 0.15, "floor": 0.1, "lr": 0.02},
-    {"fraction": 0.3, "lr": 0.03},
-    {"fraction": 0.3},
-    {"fraction": 0.5, "lr": 0.03},
-    {"fraction": 0.5, "finetune_epochs": 3},
-    {"fraction": 0.4, "finetune_epochs": 3, "weight_decay": 5e-4},
-    {"fraction": 0.5, "finetune_epochs": 4, "lr": 0.1},
+    {"fraction": 0.3, "lr": 0.05},
+    {"fraction": 0.4, "lr": 0.05},
+    {"fraction": 0.4},
+    {"fraction": 0.5, "lr": 0.05, "finetune_epochs": 3},
+    {"fraction": 0.4, "finetune_epochs": 3},
 ]
 
 
@@ -141,18 +143,18 @@ def run(images: Images, test: Images, forget: Tensor, original: nn.Module, refer
     add("original", original)
     add("retrained", reference, retraining)
     for seed in range(3):
-        unlearn(f"DeepClean, 30 %, 1 epoch, seed {seed}", replace(SHORT, seed=seed), seed)
-    unlearn("DeepClean, 50 %, 3 epochs", LONG)
+        unlearn(f"DeepClean, 40 %, 1 epoch, seed {seed}", replace(SHORT, seed=seed), seed)
+    unlearn("DeepClean, 40 %, 3 epochs", LONG)
     for alpha in ALPHAS:
         unlearn(f"SSD, alpha {alpha:g}", fu.SelectiveSynapticDampening(alpha=alpha, floor=0.1, fisher_samples=SAMPLES))
     unlearn("fine-tuning alone, 1 epoch", fu.FineTune(lr=0.01))
     unlearn("gradient ascent, 1 epoch", fu.GradientAscent(lr=1e-4))
 
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what has forgotten too much is in the table
         sweep = BASE.sweep(
             original, Loader(sets[0]), shuffled(retained, 0), fractions=FRACTIONS, test=Loader(test),
-            reference=reference, retain_measured=Loader(sets[1]),
+            reference=theirs, retain_measured=Loader(sets[1]),
         )  # fmt: skip
     print(sweep, flush=True)
     sweep.picture(out / "front.png")

@@ -40,7 +40,7 @@ def evaluate(
     forget: Batches | None = None,
     retain: Batches | None = None,
     test: Batches | None = None,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Metrics | None = None,
     loss_fn: LossFunction | None = None,
 ) -> Metrics:
     """Measure ``model`` in eval mode on the given sets, and its distance from a ``reference`` retrained without.
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model: a classifier with logits [N, C]; unchanged.
         forget, retain, test: re-iterables of ``(inputs, targets)``; any may be left out, not all.
-        reference: the yardstick, usually retrained on ``retain`` alone.
+        reference: the yardstick, usually retrained on ``retain`` alone, or what it measured on the same sets.
         loss_fn: one loss per sample; default cross-entropy.
 
     Raises TypeError or ValueError for malformed batches, outputs or losses. Cost: one forward pass per set and
@@ -67,7 +67,11 @@ def evaluate(
     auc = membership_auc(losses["forget"], losses["test"]) if {"forget", "test"} <= set(losses) else None
     if reference is None:
         return Metrics(accuracy, loss, auc)
-    theirs = evaluate(reference, forget=forget, retain=retain, test=test, loss_fn=loss_fn)
+    theirs = reference
+    if not isinstance(theirs, Metrics):
+        theirs = evaluate(theirs, forget=forget, retain=retain, test=test, loss_fn=loss_fn)
+    if missing := sorted(set(accuracy) - set(theirs.accuracy)):
+        raise ValueError(f"the reference was not measured on {', '.join(missing)}")
     gap = {name: accuracy[name] - theirs.accuracy[name] for name in accuracy}
     membership_gap = None if auc is None or theirs.membership_auc is None else auc - theirs.membership_auc
     return Metrics(accuracy, loss, auc, gap, membership_gap)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
 from fastunlearn.data import Batches, LossFunction, read
-from fastunlearn.evaluate import evaluate, predict
+from fastunlearn.evaluate import Metrics, evaluate, predict
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
 from fastunlearn.methods.baselines import initialise
@@ -53,7 +53,7 @@ class DeepClean:
         lr, momentum, weight_decay: of the optimizer (momentum of SGD alone; decay moves only reset weights).
         cosine: let the learning rate fall to zero along half a cosine.
         dropout: fine-tune in train mode but for BatchNorm and InstanceNorm, whose statistics are never touched.
-        autocast: fine-tune under torch.autocast of this dtype, such as torch.bfloat16.
+        autocast: fine-tune, and measure in a sweep, under torch.autocast of this dtype, such as torch.bfloat16.
         patience: with a validation split, stop after so many epochs without a lower loss on it, and keep the best.
         fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
@@ -142,7 +142,7 @@ class DeepClean:
         gammas: Sequence[float] = (),
         fractions: Sequence[float] = (),
         test: Batches | None = None,
-        reference: nn.Module | None = None,
+        reference: nn.Module | Metrics | None = None,
         retain_measured: Batches | None = None,
         validation: Batches | None = None,
     ) -> Sweep:
@@ -152,7 +152,7 @@ class DeepClean:
             model, forget, retain, validation: as :meth:`unlearn`.
             gammas, fractions: the thresholds to try, in place of this object's own.
             test: never trained on; gives the membership attack, and without a reference the yardstick of forgetting.
-            reference: retrained without ``forget``, the yardstick of everything.
+            reference: retrained without ``forget``, the yardstick of everything, or its metrics on the same sets.
             retain_measured: what retained accuracy is measured on, default ``retain``.
 
         Returns:
@@ -175,7 +175,10 @@ class DeepClean:
         fresh = self._fresh(model, parameters)
         measured = retain if retain_measured is None else retain_measured
         sets: dict[str, Any] = {"forget": forget, "retain": measured, "test": test, "loss_fn": self.loss_fn}
-        before = evaluate(model, reference=reference, **sets)
+        autocast = torch.autocast(device_of(model).type, self.autocast, enabled=self.autocast is not None)
+        with autocast:
+            yardstick = evaluate(reference, **sets) if isinstance(reference, nn.Module) else reference
+            before = evaluate(model, reference=yardstick, **sets)
         passes = Outcome("DeepClean", self._settings())
         importances = self._measure(passes, model, forget, retain, parameters)
         samples = sum(batch.size for batch in read(forget, "forget", device_of(model)))
@@ -184,7 +187,8 @@ class DeepClean:
             outcome = Outcome("DeepClean", setting._settings())
             with restored(parameters.values()):
                 setting._clean(outcome, model, importances, fresh, retain, validation)
-                metrics = evaluate(model, reference=reference, **sets)
+                with autocast:
+                    metrics = evaluate(model, reference=yardstick, **sets)
             points.append(SweepPoint.of(outcome, metrics, before, samples))
         return Sweep(before, points, sum(passes.seconds.values()))
 
