@@ -56,5 +56,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a,
         "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
   m.def("plan_tensor_list", &plan_tensor_list, "sizes"_a, "max_blocks"_a = INT32_MAX,
-        "Launches of threshold_reset_ and mask_grads_ over a list of tensors.");
+        "Launches of the reset operators over a list of tensors.");
 }

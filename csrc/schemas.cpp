@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
   // masks and counts of what passed.
   m.def(
       "threshold_reset_(Tensor(a!)[] weights, Tensor[] forget, Tensor[] retain, Tensor rules, "
-      "int action, float dampening, Tensor[] initial, Tensor(b!)[] masks, Tensor(c!) counts) -> ()");
+      "int action, float dampening, Tensor[] initial, Tensor(b!)[] masks, Tensor(c!) counts) -> "
+      "()");
   // counts[row, digit] += ratios forget / (retain + eps) whose bits go on from prefix[row] with
   // that digit; one row for all tensors, or one each.
   m.def(

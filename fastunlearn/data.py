@@ -62,6 +62,14 @@ class FirstSamples:
                 return
 
 
+def count_batches(batches: Batches) -> int:
+    """From ``len`` where there is one, else by reading them; a loader over a stream has a ``len`` that raises."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in batches)
+
+
 def read(batches: Batches, name: str, device: torch.device) -> Iterator[Batch]:
     """The batches on ``device``; raises ValueError when there is none, or when one is malformed."""
     require_batches(batches, name)

@@ -71,14 +71,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[Copies]:
-    """Copies of parameters (default: all, and the buffers); written back if the block raises anything at all.
+    """Copies of parameters (default: all) and all buffers; written back if the block raises anything at all.
 
     Yields (name, tensor, copy) for each parameter, shared ones once, so that a method can count what it changed.
     """
     chosen = None if parameters is None else {id(p) for p in parameters}
     named = [(name, p) for name, p in model.named_parameters() if chosen is None or id(p) in chosen]
     copies = [(name, p, p.detach().clone()) for name, p in named]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if chosen is None else []
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         yield copies
     except BaseException:
@@ -89,15 +89,15 @@ def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | Non
 
 
 @contextmanager
-def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Put the parameters back as they were when the block ends, however it ends."""
-    copies = [(p, p.detach().clone()) for p in parameters]
+def restored(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put these parameters and all buffers back as they were when the block ends, however it ends."""
+    copies = [(t, t.detach().clone()) for t in (*parameters, *model.buffers())]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, copy in copies:
-                parameter.copy_(copy)
+            for tensor, copy in copies:
+                tensor.copy_(copy)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -227,9 +227,9 @@ def select_gamma(
 ) -> Tensor:
     """The gamma above which the given share of the live weights lies: exact, with no sort and no copy.
 
-    With k = round(fraction * live), gamma is the (k + 1)-th largest of the ratios that :func:`threshold_reset_`
-    compares, so exactly k weights pass it, fewer only where ratios are equal. Live are the weights with any
-    importance at all. Radix selection on the bits of the float32 ratios, for any number of weights.
+    With k = round(fraction * live), at most live - 1, gamma is the (k + 1)-th largest of the ratios that
+    :func:`threshold_reset_` compares, so exactly k weights pass it, fewer only where ratios are equal. Live are the
+    weights with any importance at all. Radix selection on the bits of the float32 ratios, for any number of weights.
 
     Args:
         forget, retain, eps: as :func:`threshold_reset_`.
@@ -237,11 +237,11 @@ def select_gamma(
         per_tensor: one gamma for each tensor instead of one for all.
 
     Returns: float32, 0-dimensional or [tensors], on the device of the importances; NaN where no weight is live, which
-    resets nothing. The host waits for nothing.
+    resets nothing. The host waits for nothing, given a number or a tensor on the device as ``eps``.
 
     Raises ValueError for a fraction outside (0, 1).
 
-    Cost: three reads of both importances and a workspace of 16 KB, or 16 KB per tensor.
+    Cost: three reads of both importances; a few tables of 16 KB, or of 16 KB per tensor.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
@@ -316,13 +316,20 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     _write_back(grads, staged)
 
 
-def mask_starts(mask: Tensor) -> Tensor:
+def mask_starts(mask: Tensor, elements: int) -> Tensor:
     """Where the state of a masked step begins: bits set before each block of 32 words, and in all.
 
-    Args: mask, int32 [words] as of :func:`threshold_reset_`. Returns int64 [ceil(words / 32) + 1]; the last entry is
-    the length of the state. Cost: a few temporaries of the size of the mask.
+    Args:
+        mask: int32 [words], as of :func:`threshold_reset_`.
+        elements: of the masked tensor; bits of the last word beyond them count nothing.
+
+    Returns int64 [ceil(words / 32) + 1]; the last entry is the length of the state. Cost: a few temporaries of twice
+    the size of the mask.
     """
-    x = mask.long() & 0xFFFFFFFF  # population count in parallel, Warren, Hacker's Delight, section 5-1
+    x = mask.long() & 0xFFFFFFFF
+    if elements % 32:
+        x[-1] &= (1 << elements % 32) - 1
+    # Population count in parallel, Warren, Hacker's Delight, section 5-1.
     x = x - (x >> 1 & 0x55555555)
     x = (x & 0x33333333) + (x >> 2 & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -349,8 +356,9 @@ def masked_sgd_(
         grads: shaped and typed like the weights; read where the bit is 1.
         masks: int32 bit masks, in row-major order of each weight.
         starts: of each mask, :func:`mask_starts`.
-        momentum_buffers: float32 (float64 for float64 weights) [bits of the mask], zero before the first step; of
-            another length they are refused on a CPU, and on CUDA, where nobody looks, memory would be overrun.
+        momentum_buffers: float32 (float64 for float64 weights) [bits of the mask], zero before the first step; may be
+            empty without momentum. On a CPU a state or ``starts`` that does not fit its mask is refused; on CUDA, where
+            looking would wait for the device, they are trusted.
 
     Cost: a read of the masks, and of weight, gradient and buffer where a bit is set; one launch.
     """

@@ -20,36 +20,59 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         params = list(params)
         if len(masks) != len(params):
             raise ValueError(f"{len(params)} parameters but {len(masks)} masks; one of each is needed")
-        if not 0 <= defaults["lr"] < float("inf"):
-            raise ValueError(f"lr must be a number from 0 up, got {defaults['lr']}")
+        for name in ("lr", "weight_decay"):
+            if not 0 <= defaults[name] < float("inf"):
+                raise ValueError(f"{name} must be a number from 0 up, got {defaults[name]}")
         super().__init__(params, defaults)
-        self._masks = {id(p): (mask, ops.mask_starts(mask)) for p, mask in zip(params, masks, strict=True)}
-        for p in params:
-            length = int(self._masks[id(p)][1][-1])
+        kept = self._moments if defaults.get("momentum", True) else ()
+        for p, mask in zip(params, masks, strict=True):
+            starts = ops.mask_starts(mask, p.numel())
+            length = int(starts[-1])
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            self.state[p] = {name: torch.zeros(length, dtype=dtype, device=p.device) for name in self._moments}
+            moments = {name: torch.zeros(length, dtype=dtype, device=p.device) for name in kept}
+            self.state[p] = {"mask": mask, "starts": starts, "step": 0, **moments}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The parameters of one list with their masks; no more afterwards."""
+        if self.param_groups:
+            raise ValueError("masks are given with all parameters at once; make a second optimizer for others")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but masks stay integers and the moments of half-precision weights stay float32."""
+        super().load_state_dict(state_dict)
+        ours = [p for group in self.param_groups for p in group["params"]]
+        theirs = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for p, key in zip(ours, theirs, strict=True):
+            for name, value in state_dict["state"][key].items():
+                self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One launch per parameter group; parameters without a gradient are left out, as in torch."""
+        """One launch for all parameters that are at the same step; those without a gradient are left out."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            moments = [[self.state[p][name] for p in params] for name in self._moments]
-            masks, starts = [self._masks[id(p)][0] for p in params], [self._masks[id(p)][1] for p in params]
-            self._launch([p.data for p in params], [p.grad for p in params], masks, starts, moments, group)
+            at_step: dict[int, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["step"] += 1
+                    at_step.setdefault(self.state[p]["step"], []).append(p)
+            for step, params in at_step.items():
+                names = self.state[params[0]].keys() - {"step"}
+                state = {name: [self.state[p][name] for p in params] for name in names}
+                grads = [p.grad for p in params if p.grad is not None]
+                self._launch([p.data for p in params], grads, state, group, step)
         return loss
 
     def _launch(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
-        masks: list[Tensor],
-        starts: list[Tensor],
-        moments: list[list[Tensor]],
+        state: dict[str, list[Tensor]],
         group: dict[str, Any],
+        step: int,
     ) -> None:
         raise NotImplementedError
 
@@ -62,7 +85,8 @@ class MaskedSGD(_MaskedOptimizer):
         masks: int32 [ceil(numel / 32)] each, as :func:`fastunlearn.ops.threshold_reset_` returns them.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
 
-    Raises ValueError for a negative lr or a different number of masks. Memory: one number per set bit.
+    Raises ValueError for settings torch refuses or a different number of masks. Memory: one number per set bit, none
+    without momentum.
     """
 
     _moments = ("momentum_buffer",)
@@ -76,6 +100,8 @@ class MaskedSGD(_MaskedOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
+        if not 0 <= momentum < float("inf") or (nesterov and not momentum):
+            raise ValueError(f"momentum must be a number from 0 up, above 0 with nesterov, got {momentum}")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, masks, defaults)
 
@@ -83,13 +109,13 @@ class MaskedSGD(_MaskedOptimizer):
         self,
         weights: list[Tensor],
         grads: list[Tensor],
-        masks: list[Tensor],
-        starts: list[Tensor],
-        moments: list[list[Tensor]],
+        state: dict[str, list[Tensor]],
         group: dict[str, Any],
+        step: int,
     ) -> None:
+        none = [w.new_empty(0, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32) for w in weights]
         ops.masked_sgd_(
-            weights, grads, masks, starts, moments[0],
+            weights, grads, state["mask"], state["starts"], state.get("momentum_buffer", none),
             float(group["lr"]), float(group["momentum"]), group["weight_decay"], group["nesterov"],
         )  # fmt: skip
 
@@ -97,7 +123,8 @@ class MaskedSGD(_MaskedOptimizer):
 class MaskedAdamW(_MaskedOptimizer):
     """torch.optim.AdamW on the weights whose mask bit is 1: the others keep every bit and have no moments.
 
-    Args and errors as :class:`MaskedSGD`; ``betas``, ``eps`` and ``weight_decay`` as in torch.optim.AdamW.
+    Args and errors as :class:`MaskedSGD`; ``betas`` and ``eps`` as in torch.optim.AdamW, ``weight_decay`` too, but 0
+    by default.
     Memory: two numbers per set bit.
     """
 
@@ -112,22 +139,20 @@ class MaskedAdamW(_MaskedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(
-            params, masks, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
-        )  # fmt: skip
+        if not all(0 <= beta < 1 for beta in betas) or not 0 <= eps < float("inf"):
+            raise ValueError(f"betas must lie from 0 to below 1 and eps from 0 up, got {betas} and {eps}")
+        super().__init__(params, masks, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _launch(
         self,
         weights: list[Tensor],
         grads: list[Tensor],
-        masks: list[Tensor],
-        starts: list[Tensor],
-        moments: list[list[Tensor]],
+        state: dict[str, list[Tensor]],
         group: dict[str, Any],
+        step: int,
     ) -> None:
-        group["step"] += 1
         beta1, beta2 = group["betas"]
         ops.masked_adamw_(
-            weights, grads, masks, starts, moments[0], moments[1],
-            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], group["step"],
+            weights, grads, state["mask"], state["starts"], state["exp_avg"], state["exp_avg_sq"],
+            float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], step,
         )  # fmt: skip

@@ -111,7 +111,7 @@ def select_gamma(
     """The (k + 1)-th largest ratio of all tensors together, k = round(fraction * live), by sorting."""
     floors = [eps] * len(forget) if isinstance(eps, (int, float)) else list(eps)
     ratios = [importance_ratio(f, r, e).flatten() for f, r, e in zip(forget, retain, floors, strict=True)]
-    live = torch.cat([r[r >= 0] for r in ratios])
+    live = torch.cat([torch.zeros(0), *(r[r >= 0] for r in ratios)])
     if not len(live):
         return torch.tensor(torch.nan)
     return live.sort(descending=True).values[min(round(fraction * len(live)), len(live) - 1)]

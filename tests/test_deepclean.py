@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fastunlearn import DeepClean, MaskedAdamW, MaskedSGD, SelectiveSynapticDamp
 from fastunlearn.evaluate import Metrics, evaluate
 from fastunlearn.methods.baselines import initialise
 from fastunlearn.methods.explanation import Sweep, SweepPoint
+from fastunlearn.methods.importance import candidates
 from fastunlearn.outcome import Outcome
 
 
@@ -319,34 +321,179 @@ def test_dampening_refuses_settings_that_make_no_sense(options: dict[str, float]
         SelectiveSynapticDampening(**options)
 
 
-def test_masked_optimizers_follow_torch_and_a_schedule() -> None:
+OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any], int]] = {
+    "SGD": (MaskedSGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.01}, 0),
+    "Nesterov": (MaskedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, 1),
+    "AdamW": (MaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}, 2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masked_optimizers_follow_torch_and_a_schedule(name: str) -> None:
     torch.manual_seed(0)
-    for ours_type, theirs_type, options in (
-        (MaskedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
-        (MaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    ):
-        start = torch.randn(7, 9)
-        mask = torch.rand(7, 9) < 0.5
-        ours, theirs, unused = nn.Parameter(start.clone()), nn.Parameter(start.clone()), nn.Parameter(torch.ones(3))
-        mine = ours_type([ours, unused], [ops.pack_mask(mask), ops.pack_mask(torch.ones(3) > 0)], **options)
-        other = theirs_type([theirs], **options)
-        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (mine, other)]
-        assert sum(v.numel() for v in mine.state[ours].values()) == (2 - (ours_type is MaskedSGD)) * int(mask.sum())
-        for step in range(4):
-            for p in (ours, theirs):
-                p.grad = torch.sin(start + step)
-            loss = mine.step(lambda: 3.5)
-            other.step()
-            for schedule in schedules:
-                schedule.step()
-        assert loss == 3.5
-        assert torch.equal(unused, torch.ones(3))
-        assert torch.equal(ours[~mask], start[~mask])
-        torch.testing.assert_close(ours[mask], theirs[mask])
-    with pytest.raises(ValueError, match="1 parameters but 0 masks"):
-        MaskedSGD([unused], [])
-    with pytest.raises(ValueError, match="lr must"):
-        MaskedAdamW([unused], [ops.pack_mask(torch.ones(3) > 0)], lr=-1.0)
+    ours_type, theirs_type, options, numbers = OPTIMIZERS[name]
+    start, mask = torch.randn(7, 9), torch.rand(7, 9) < 0.5
+    everywhere = torch.ones(3, dtype=torch.bool)
+    ours, theirs = ([nn.Parameter(start.clone()), nn.Parameter(torch.ones(3))] for _ in range(2))
+    mine = ours_type(ours, [ops.pack_mask(mask), ops.pack_mask(everywhere)], **options)
+    other = theirs_type(theirs, **options)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (mine, other)]
+    floats = [v for v in mine.state[ours[0]].values() if isinstance(v, Tensor) and v.is_floating_point()]
+    assert sum(v.numel() for v in floats) == numbers * int(mask.sum())
+    for step in range(6):
+        for parameters in (ours, theirs):
+            parameters[0].grad = torch.sin(start + step)
+            # The second one comes late, so that both are at different steps.
+            parameters[1].grad = None if step < 2 else torch.ones(3)
+        loss = mine.step(lambda: 3.5)
+        other.step()
+        for schedule in schedules:
+            schedule.step()
+        if step == 3:  # a copy, and a saved state, go on where the original would
+            assert copy.deepcopy(mine).state_dict().keys() == mine.state_dict().keys()
+            again = ours_type(ours, [ops.pack_mask(mask), ops.pack_mask(everywhere)], **options)
+            again.load_state_dict(mine.state_dict())
+            schedules[0].optimizer = again
+            mine = again
+    assert loss == 3.5
+    assert torch.equal(ours[0][~mask], start[~mask])
+    torch.testing.assert_close(ours[0][mask], theirs[0][mask])
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_a_copied_masked_optimizer_steps_and_half_precision_state_survives_loading() -> None:
+    weight = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    optimizer = MaskedAdamW([weight], [ops.pack_mask(torch.arange(5) < 2)])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
+    assert optimizer.state[weight]["mask"].dtype == torch.int32
+    optimizer.step()
+    both = copy.deepcopy((weight, optimizer))
+    both[0].grad = torch.ones_like(weight)
+    before = both[0].clone()
+    both[1].step()
+    assert (both[0] != before).tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: MaskedSGD([p], []), "1 parameters but 0 masks"),
+        (lambda p: MaskedSGD([p], [ops.pack_mask(p > 0)], momentum=-3), "momentum must"),
+        (lambda p: MaskedSGD([p], [ops.pack_mask(p > 0)], nesterov=True), "above 0 with nesterov"),
+        (lambda p: MaskedSGD([p], [ops.pack_mask(p > 0)], weight_decay=-1), "weight_decay must"),
+        (lambda p: MaskedAdamW([p], [ops.pack_mask(p > 0)], lr=-1.0), "lr must"),
+        (lambda p: MaskedAdamW([p], [ops.pack_mask(p > 0)], betas=(1.0, 1.0)), "betas must"),
+        (lambda p: MaskedSGD([p], [ops.pack_mask(p > 0)]).add_param_group({"params": [p.clone()]}), "second optimizer"),
+    ],
+)
+def test_masked_optimizers_refuse_what_torch_refuses(make: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(nn.Parameter(torch.ones(3)))
+
+
+def test_a_shared_weight_is_protected_under_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    assert "2.weight" not in candidates(model, ("2.weight",)) and "0.weight" not in candidates(model, ("2.weight",))
+    for wrong in ("0.weight", (nn.Linear(2, 2),), (3,)):
+        with pytest.raises(TypeError, match="parameter names and module types"):
+            DeepClean(protect=wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="parameter names and module types"):
+            SelectiveSynapticDampening(protect=wrong)  # type: ignore[arg-type]
+
+
+def test_the_callers_autocast_holds_through_fine_tuning() -> None:
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x
+
+    model, forget, retain = classifier()
+    model.append(Watch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        DeepClean(fraction=0.3).unlearn(model, forget, retain)
+    assert all(seen)
+
+
+def test_cosine_counts_a_stream_without_a_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(retain)
+
+    model, forget, retain = classifier()
+    same, *_ = classifier()
+    method = DeepClean(fraction=0.3, cosine=True, finetune_epochs=2)
+    method.unlearn(model, forget, torch.utils.data.DataLoader(Stream(), batch_size=None))
+    method.unlearn(same, forget, retain)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def with_spectral_norm() -> tuple[nn.Module, Any, Any]:
+    """In train mode a power iteration moves its buffers at every forward pass."""
+    model, forget, retain = classifier()
+    model[6] = nn.utils.spectral_norm(model[6]).eval()
+    return model, forget, retain
+
+
+@pytest.mark.filterwarnings("ignore:.*sample by sample", "ignore:gamma")
+def test_a_sweep_puts_every_buffer_back() -> None:
+    model, forget, retain = with_spectral_norm()
+    before = weights(model)
+    DeepClean(dropout=True).sweep(model, forget, retain, fractions=[0.2], test=retain)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("phase", ["fisher", "dampen", "count"])
+def test_dampening_killed_in_any_phase_leaves_the_model(
+    phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    changed_when_killed = []
+    reset = ops.threshold_reset_
+
+    def kill(*args: Any, **options: Any) -> None:
+        if phase == "dampen":
+            reset(*args, **options)
+        changed_when_killed.append(not unchanged(model, before))
+        raise error
+
+    target = {"fisher": "methods.importance.fisher_diagonal", "dampen": "ops.threshold_reset_"}
+    monkeypatch.setattr("fastunlearn." + target.get(phase, "methods.importance.Importances.live"), kill)
+    with pytest.raises(error):
+        SelectiveSynapticDampening(alpha=2.0).unlearn(model, forget, retain)
+    assert changed_when_killed == [phase != "fisher"]
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("when", ["finetune", "evaluate"])
+def test_a_sweep_killed_at_its_second_threshold_leaves_the_model(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forget, retain = classifier()
+    before = weights(model)
+    calls = []
+    original = {"finetune": DeepClean._finetune, "evaluate": evaluate}[when]
+
+    def second(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 + (when == "evaluate"):  # the model as it was is evaluated first
+            assert not unchanged(model, before)
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    if when == "finetune":
+        monkeypatch.setattr(DeepClean, "_finetune", second)
+    else:
+        monkeypatch.setattr("fastunlearn.methods.deepclean.evaluate", second)
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DeepClean().sweep(model, forget, retain, fractions=[0.1, 0.2], test=retain)
+    assert unchanged(model, before)
 
 
 def test_bfloat16_weights() -> None:
@@ -484,6 +631,9 @@ def test_a_model_on_two_devices_is_refused() -> None:
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw"),
         ({"patience": 0}, "from 1"),
         ({"fisher_samples": 0}, "1 or more"),
+        ({"lr": -0.1}, "lr must"),
+        ({"momentum": float("nan")}, "momentum must"),
+        ({"autocast": torch.float16}, "torch.bfloat16 or None"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

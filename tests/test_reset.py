@@ -281,7 +281,7 @@ def test_masked_steps_are_those_of_torch_where_the_bit_is_set(backend: Backend, 
     optimizer = getattr(torch.optim, kind)(theirs, **options, **more)
     ours = on(backend.device, weights)
     words = on(backend.device, [reference.pack_mask(m) for m in masks])
-    starts = [ops.mask_starts(w) for w in words]
+    starts = [ops.mask_starts(w, n) for w, n in zip(words, SIZES, strict=True)]
     assert [int(s[-1]) for s in starts] == [int(m.sum()) for m in masks]
     wide = [torch.float64 if w.dtype == torch.float64 else torch.float32 for w in weights]
     state = [
@@ -311,18 +311,125 @@ def test_masked_steps_do_not_read_gradients_outside_the_mask(backend: Backend) -
     mask = torch.tensor([True, False, True])
     weight, grad = torch.ones(3, device=backend.device), torch.tensor([1.0, torch.nan, 2.0], device=backend.device)
     words = reference.pack_mask(mask).to(backend.device)
-    backend("masked_sgd_", [weight], [grad], [words], [ops.mask_starts(words)],
+    backend("masked_sgd_", [weight], [grad], [words], [ops.mask_starts(words, 3)],
             [torch.zeros(2, device=backend.device)], lr=0.5)  # fmt: skip
     assert weight.tolist() == [0.5, 1.0, 0.0]
 
 
+def test_bits_beyond_the_end_of_a_mask_move_nothing(backend: Backend) -> None:
+    """An inverted mask has them set."""
+    for size in (3, 33, 65535):
+        memory = torch.ones(size + 64, device=backend.device)
+        weight, grad = memory[32 : 32 + size], torch.ones(size, device=backend.device)
+        words = ~reference.pack_mask(torch.arange(size) % 2 == 0).to(backend.device)
+        starts = ops.mask_starts(words, size)
+        assert int(starts[-1]) == size // 2
+        state = [torch.zeros(size // 2, device=backend.device) for _ in range(2)]
+        backend("masked_sgd_", [weight], [grad], [words], [starts], state[:1], lr=0.5, momentum=0.9)
+        backend("masked_adamw_", [weight], [grad], [words], [starts], state[:1], state[1:], lr=0.5)
+        backend("mask_grads_", [grad], [words])
+        moved = (memory != 1).cpu()
+        assert int(moved.sum()) == size // 2
+        assert torch.equal(moved[32 : 32 + size], torch.arange(size) % 2 == 1)
+
+
+def test_many_tensors_have_each_their_own_rule_and_state(backend: Backend) -> None:
+    """More than one launch takes, so that an index into the launch is not one into the list."""
+    torch.manual_seed(10)
+    sizes = [3 + i % 40 for i in range(900)]
+    weights, forget, retain = problem(sizes)
+    gammas, floors = [0.5 + i / 300 for i in range(900)], [i / 9000 for i in range(900)]
+    expected = [w.clone() for w in weights]
+    masks, counts = reference.threshold_reset_(expected, forget, retain, gammas, eps=floors)
+    f, r, ours = (on(backend.device, part) for part in (forget, retain, weights))
+    got_masks, got = backend("threshold_reset_", ours, f, r, gammas, eps=floors)
+    assert got.tolist() == counts.tolist()
+    assert all(torch.equal(a.cpu(), b) for a, b in zip([*ours, *got_masks], [*expected, *masks], strict=True))
+    selected = backend("select_gamma", f, r, 0.3, eps=floors, per_tensor=True)
+    alone = [reference.select_gamma([a], [b], 0.3, e) for a, b, e in zip(forget, retain, floors, strict=True)]
+    assert [bits(g) for g in selected] == [bits(a) for a in alone]
+    rows = backend("ratio_histogram", f, r, eps=floors, per_tensor=True)
+    assert rows.sum(1).tolist() == [int(((a > 0) | (b > 0)).sum()) for a, b in zip(forget, retain, strict=True)]
+
+    starts = [ops.mask_starts(m, n) for m, n in zip(got_masks, sizes, strict=True)]
+    wide = [torch.float64 if w.dtype == torch.float64 else torch.float32 for w in weights]
+    state = [
+        [torch.zeros(int(s[-1]), dtype=d, device=backend.device) for s, d in zip(starts, wide, strict=True)]
+        for _ in range(2)
+    ]
+    theirs = [[x.cpu().clone() for x in part] for part in state]
+    grads = [torch.randn_like(w) for w in weights]
+    backend("masked_adamw_", ours, on(backend.device, grads), got_masks, starts, *state, lr=0.1)
+    reference.masked_adamw_(expected, grads, masks, [s.cpu() for s in starts], *theirs, lr=0.1)
+    for a, b in zip([*ours, *state[0], *state[1]], [*expected, *theirs[0], *theirs[1]], strict=True):
+        unit = torch.finfo(b.dtype).eps
+        torch.testing.assert_close(a.cpu(), b, rtol=8 * unit, atol=8 * unit)
+
+
+@pytest.mark.parametrize("cut", ["transposed", "every second", "odd address"])
+def test_strided_and_unaligned_tensors_everywhere(backend: Backend, cut: str) -> None:
+    def view(x: Tensor) -> Tensor:
+        return {"transposed": x.T, "every second": x[:, ::2], "odd address": x.view(-1)[1:]}[cut]
+
+    torch.manual_seed(11)
+    memory = [torch.rand(37, 54).to(backend.device) for _ in range(4)]
+    weight, forget, retain, grad = map(view, memory)
+    plain = [x.contiguous().cpu().clone() for x in (weight, forget, retain, grad)]
+    gamma = backend("select_gamma", [forget], [retain], 0.4)
+    assert bits(gamma) == bits(reference.select_gamma([plain[1]], [plain[2]], 0.4))
+    # On CUDA and CPU the wrapper stages what is not contiguous; nothing outside the view may change.
+    outside = memory[0].clone()
+    view(outside).zero_()
+    (mask,), counts = backend("threshold_reset_", [weight], [forget], [retain], gamma, eps=0.0)
+    expected, expected_counts = reference.threshold_reset_([plain[0]], [plain[1]], [plain[2]], float(gamma))
+    assert torch.equal(mask.cpu(), expected[0]) and counts.tolist() == expected_counts.tolist()
+    assert torch.equal(weight.cpu(), plain[0])
+    starts = ops.mask_starts(mask, weight.numel())
+    buffer = torch.zeros(int(starts[-1]), device=backend.device)
+    backend("masked_sgd_", [weight], [grad], [mask], [starts], [buffer], lr=0.1, momentum=0.9)
+    theirs = torch.zeros_like(buffer.cpu())
+    reference.masked_sgd_([plain[0]], [plain[3]], expected, [starts.cpu()], [theirs], 0.1, 0.9)
+    torch.testing.assert_close(weight.cpu(), plain[0])
+    backend("mask_grads_", [grad], [mask])
+    reference.mask_grads_([plain[3]], expected)
+    assert torch.equal(grad.cpu(), plain[3])
+    view(memory[0]).zero_()
+    assert torch.equal(memory[0], outside)
+
+
+def test_memory_that_is_written_is_shared_with_nothing(backend: Backend) -> None:
+    a, b = (torch.ones(40, device=backend.device) for _ in range(2))
+    ones = [torch.ones(20, device=backend.device) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"forget\[1\] shares memory with weights\[0\]"):
+        backend("threshold_reset_", [a[:20], b[:20]], [ones[0], a[10:30]], ones, 1.0)
+    with pytest.raises(RuntimeError, match=r"initial\[0\] shares memory with weights\[1\]"):
+        backend("threshold_reset_", [a[:20], b[:20]], ones, ones, 1.0, "init", init=[b[19:39], ones[0]])
+    words = torch.ones(1, dtype=torch.int32, device=backend.device)
+    starts, state = ops.mask_starts(words, 20), torch.zeros(1, device=backend.device)
+    with pytest.raises(RuntimeError, match=r"squares\[0\] shares memory with means\[0\]"):
+        backend("masked_adamw_", [a[:20]], [b[:20]], [words], [starts], [state], [state], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"grads\[0\] shares memory with weights\[0\]"):
+        backend("masked_sgd_", [a[:20]], [a[19:39]], [words], [starts], [state], lr=0.1)
+    # Side by side is not shared.
+    backend("threshold_reset_", [a[:20], a[20:]], [b[:20], b[20:]], ones, 1.0)
+
+
+def test_starts_of_another_mask_are_refused(backend: Backend) -> None:
+    if backend.device == "cuda":
+        pytest.skip("there the caller is trusted: see ops.masked_sgd_")
+    few, more = (ops.pack_mask(torch.arange(2000) % n == 0) for n in (3, 2))
+    with pytest.raises(RuntimeError, match=r"starts\[0\] is not that of masks\[0\]"):
+        backend("masked_sgd_", [torch.ones(2000)], [torch.ones(2000)], [more], [ops.mask_starts(few, 2000)],
+                [torch.zeros(667)], lr=0.1)  # fmt: skip
+
+
 def test_a_state_of_the_wrong_length_is_refused() -> None:
     words = ops.pack_mask(torch.tensor([True, False, True]))
-    with pytest.raises(RuntimeError, match=r"state of weights\[0\] is Float \[3\]"):
-        ops.masked_sgd_([torch.ones(3)], [torch.ones(3)], [words], [ops.mask_starts(words)], [torch.zeros(3)], 0.1)
+    with pytest.raises(RuntimeError, match=r"momentum_buffers\[0\] is Float \[3\]"):
+        ops.masked_sgd_([torch.ones(3)], [torch.ones(3)], [words], [ops.mask_starts(words, 3)], [torch.zeros(3)], 0.1)
     with pytest.raises(RuntimeError, match="expected contiguous Float"):
         ops.masked_sgd_(
-            [torch.ones(3)], [torch.ones(3)], [words], [ops.mask_starts(words)], [torch.zeros(2).double()], 0.1
+            [torch.ones(3)], [torch.ones(3)], [words], [ops.mask_starts(words, 3)], [torch.zeros(2).double()], 0.1
         )
     with pytest.raises(ValueError, match="counts from 1"):
         ops.masked_adamw_([], [], [], [], [], [], 0.1, step=0)
@@ -435,7 +542,7 @@ def test_list_planner_splits_where_a_launch_is_full() -> None:
     assert plan([]) == []
     assert plan([0, 5, 0]) == [{"tensors": [1], "blocks": 1}]
     assert [len(launch["tensors"]) for launch in plan([1] * 1000)] == [400, 400, 200]
-    assert len(plan([2048] * 148)) == 1  # as many as a ResNet-50 has, in one launch
+    assert len(plan([2048] * 148)) == 1  # as many as GPT-2 has, in one launch
     # 400 million weights, and more than 2**31 in one tensor: block counts, not element counts, are 32-bit.
     assert plan([400_000_000]) == [{"tensors": [0], "blocks": 6104}]
     assert plan([2**33]) == [{"tensors": [0], "blocks": 2**17}]
@@ -448,7 +555,7 @@ def test_opcheck_and_compile(device: str) -> None:
     weights, forget, retain = (on(device, part) for part in problem([40, 7], torch.float32))
     retain, forget = [r.float() for r in retain], [f.float() for f in forget]
     masks, counts = ops.threshold_reset_(on(device, weights), forget, retain, 1.5)
-    starts = [ops.mask_starts(m) for m in masks]
+    starts = [ops.mask_starts(m, w.numel()) for m, w in zip(masks, weights, strict=True)]
     state = [torch.zeros(int(s[-1]), device=device) for s in starts]
     second = [torch.zeros_like(s) for s in state]
     rules, grads = torch.ones(2, 3, dtype=torch.float64, device=device), [torch.ones_like(w) for w in weights]

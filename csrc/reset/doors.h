@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "common/check.h"
@@ -35,24 +36,49 @@ inline void check_list(const char* op, const char* name, const std::vector<Tenso
         " ", name, "; one of each per tensor is needed");
 }
 
-// No two tensors of a list that is written share memory. Sorted by address: a list can be long.
-inline void check_distinct(const char* op, const char* name, const std::vector<Tensor>& list) {
+struct NamedList {
+  const char* name;
+  const std::vector<Tensor>* tensors;
+};
+
+// What is written shares no memory with anything else of the call. Sorted by address: a list can be
+// long. Contiguous tensors only.
+inline void check_apart(const char* op, const std::vector<NamedList>& written,
+                        const std::vector<NamedList>& read) {
   struct Range {
-    const char *begin, *end;
+    const char *begin, *end, *name;
     size_t index;
   };
-  std::vector<Range> ranges;
-  for (size_t i = 0; i < list.size(); ++i) {
-    const auto* begin = static_cast<const char*>(list[i].const_data_ptr());
-    const size_t bytes = list[i].numel() * list[i].element_size();
-    if (bytes) ranges.push_back({begin, begin + bytes, i});
+  auto ranges_of = [](const std::vector<NamedList>& lists) {
+    std::vector<Range> ranges;
+    for (const NamedList& list : lists) {
+      for (size_t i = 0; i < list.tensors->size(); ++i) {
+        const Tensor& tensor = (*list.tensors)[i];
+        const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+        const size_t bytes = tensor.numel() * tensor.element_size();
+        if (bytes) ranges.push_back({begin, begin + bytes, list.name, i});
+      }
+    }
+    return ranges;
+  };
+  auto complain = [op](const Range& a, const Range& b) {
+    check(false, op, ": ", a.name, "[", a.index, "] shares memory with ", b.name, "[", b.index,
+          "]; pass a tied tensor once, and copies of what is read");
+  };
+  std::vector<Range> targets = ranges_of(written);
+  std::stable_sort(targets.begin(), targets.end(),
+                   [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t k = 1; k < targets.size(); ++k) {
+    if (targets[k].begin < targets[k - 1].end) complain(targets[k], targets[k - 1]);
   }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-    return a.begin != b.begin ? a.begin < b.begin : a.index < b.index;
-  });
-  for (size_t k = 1; k < ranges.size(); ++k) {
-    check(ranges[k].begin >= ranges[k - 1].end, op, ": ", name, "[", ranges[k].index,
-          "] shares memory with ", name, "[", ranges[k - 1].index, "]; pass a tied tensor once");
+  for (const Range& source : ranges_of(read)) {
+    // Targets lie apart, so the only one that can reach into the source is the last to begin
+    // before its end.
+    auto after = std::lower_bound(targets.begin(), targets.end(), source.end,
+                                  [](const Range& a, const char* end) { return a.begin < end; });
+    if (after != targets.begin() && source.begin < std::prev(after)->end) {
+      complain(source, *std::prev(after));
+    }
   }
 }
 
@@ -66,9 +92,9 @@ inline void check_mask(const char* op, size_t i, const Tensor& mask, const Tenso
 // A small table that an operator reads or writes: `type` [rows, columns], or [rows] for 0 columns.
 inline void check_table(const char* op, const char* name, const Tensor& table, ScalarType type,
                         int64_t rows, int64_t columns = 0) {
-  const bool shaped = columns == 0 ? table.dim() == 1 && table.size(0) == rows
-                                   : table.dim() == 2 && table.size(0) == rows &&
-                                         table.size(1) == columns;
+  const bool shaped = columns == 0
+                          ? table.dim() == 1 && table.size(0) == rows
+                          : table.dim() == 2 && table.size(0) == rows && table.size(1) == columns;
   check(shaped && table.scalar_type() == type && table.is_contiguous(), op, ": ", name, " is ",
         describe(table), ", expected contiguous ", torch::headeronly::toString(type), " [", rows,
         columns ? ", " : "", columns ? std::to_string(columns) : "", "]");
@@ -123,6 +149,7 @@ struct ThresholdDoor {
     if (mode == kInit) check_list(kOp, "initial values", initial_, "weights", weights);
     const auto n = static_cast<int64_t>(weights.size());
     check_table(kOp, "rules", rules, ScalarType::Double, n, kResetRules);
+    check(same_device(rules, counts), kOp, ": rules and counts must be on one device");
     check_table(kOp, "counts", counts, ScalarType::Long, n);
     for (size_t i = 0; i < weights.size(); ++i) {
       const Tensor& weight = weights[i];
@@ -130,8 +157,6 @@ struct ThresholdDoor {
       check_floating(kOp, "weights", i, weight, counts);
       check(same_shape(weight, forget[i]), kOp, ": forget[", i, "] is ", describe(forget[i]),
             " but the weight is ", describe(weight));
-      check(!overlap(importances.forget[i], weight) && !overlap(importances.retain[i], weight), kOp,
-            ": weights[", i, "] shares memory with its importance; pass a copy of that");
       check_mask(kOp, i, masks[i], weight);
       check_output(kOp, "mask", masks[i]);
       if (mode != kInit) continue;
@@ -139,10 +164,11 @@ struct ThresholdDoor {
                 initial_[i].scalar_type() == weight.scalar_type(),
             kOp, ": initial[", i, "] is ", describe(initial_[i]), " but the weight is ",
             describe(weight));
-      initial.push_back(readable(kOp, "initial", initial_[i], weight));
+      initial.push_back(torch::stable::contiguous(initial_[i]));
     }
-    check_distinct(kOp, "weights", weights);
-    check_distinct(kOp, "masks", masks);
+    check_apart(
+        kOp, {{"weights", &weights}, {"masks", &masks}},
+        {{"forget", &importances.forget}, {"retain", &importances.retain}, {"initial", &initial}});
   }
 
  private:
@@ -190,48 +216,69 @@ struct MaskDoor {
       check_output(op, name, written[i]);
       check_floating(op, name, i, written[i], written[0]);
       check_mask(op, i, masks_[i], written[i]);
-      masks.push_back(readable(op, "mask", masks_[i], written[i]));
+      masks.push_back(torch::stable::contiguous(masks_[i]));
       sizes.push_back(written[i].numel());
     }
-    check_distinct(op, name, written);
+    check_apart(op, {{name, &written}}, {{"masks", &masks}});
   }
 };
+
+// Whether starts[block] bits are set before each block of words, and as many in all as the last
+// says.
+inline bool starts_fit(const Tensor& mask, const Tensor& starts, int64_t elements) {
+  const auto* word = static_cast<const uint32_t*>(mask.const_data_ptr());
+  const auto* start = static_cast<const int64_t*>(starts.const_data_ptr());
+  int64_t bits = 0;
+  for (int64_t w = 0; w < mask_words(elements); ++w) {
+    if (w % (kStartBlock / 32) == 0 && *start++ != bits) return false;
+    bits += std::popcount(word[w] & valid_bits(elements - 32 * w));
+  }
+  return *start == bits;
+}
 
 struct MaskedStepDoor : MaskDoor {
   std::vector<Tensor> grads;
 
-  // States are as long as the mask has bits, the last of `starts`; reading that on a GPU would wait
-  // for it, so there the caller is trusted.
+  // States are as long as the mask has bits, the last of `starts`; looking there on a GPU would
+  // wait for it, so there the caller is trusted. A step that keeps no state may leave it empty.
   MaskedStepDoor(const char* op, const std::vector<Tensor>& weights,
                  const std::vector<Tensor>& grads_, const std::vector<Tensor>& masks_,
-                 const std::vector<Tensor>& starts,
-                 const std::vector<const std::vector<Tensor>*>& states)
+                 const std::vector<Tensor>& starts, std::vector<NamedList> states,
+                 bool stateless = false)
       : MaskDoor(op, "weights", weights, masks_) {
     check_list(op, "gradients", grads_, "weights", weights);
     check_list(op, "starts", starts, "weights", weights);
-    for (const auto* list : states) check_list(op, "states", *list, "weights", weights);
+    for (const NamedList& list : states) {
+      check_list(op, list.name, *list.tensors, "weights", weights);
+    }
     for (size_t i = 0; i < weights.size(); ++i) {
       const Tensor &weight = weights[i], &grad = grads_[i];
       check(same_shape(grad, weight) && same_device(grad, weight) &&
                 grad.scalar_type() == weight.scalar_type(),
             op, ": grads[", i, "] is ", describe(grad), " but the weight is ", describe(weight));
-      grads.push_back(readable(op, "gradient", grad, weight));
+      grads.push_back(torch::stable::contiguous(grad));
       check_table(op, "starts", starts[i], ScalarType::Long, mask_starts(sizes[i]) + 1);
-      check(same_device(starts[i], weight), op, ": starts[", i, "] is ", describe(starts[i]));
-      for (const auto* list : states) {
-        const Tensor& state = (*list)[i];
-        const int64_t bits = weight.is_cpu() ? static_cast<const int64_t*>(
-                                                   starts[i].const_data_ptr())[mask_starts(sizes[i])]
-                                             : (*states[0])[i].numel();
-        check(state.dim() == 1 && state.numel() == bits && state.is_contiguous() &&
+      check(same_device(starts[i], weight), op, ": starts[", i, "] is ", describe(starts[i]),
+            " but the weight is ", describe(weight));
+      const bool seen = weight.is_cpu();
+      check(!seen || starts_fit(masks[i], starts[i], sizes[i]), op, ": starts[", i,
+            "] is not that of masks[", i, "]; call mask_starts again");
+      for (const NamedList& list : states) {
+        const Tensor& state = (*list.tensors)[i];
+        const int64_t bits =
+            seen ? static_cast<const int64_t*>(starts[i].const_data_ptr())[mask_starts(sizes[i])]
+                 : (*states[0].tensors)[i].numel();
+        check(state.dim() == 1 && (state.numel() == bits || (stateless && state.numel() == 0)) &&
+                  state.is_contiguous() &&
                   state.scalar_type() == accumulator_of(weight.scalar_type()) &&
-                  same_device(state, weight) && !overlap(state, weight),
-              op, ": the state of weights[", i, "] is ", describe(state), ", expected contiguous ",
+                  same_device(state, weight),
+              op, ": ", list.name, "[", i, "] is ", describe(state), ", expected contiguous ",
               torch::headeronly::toString(accumulator_of(weight.scalar_type())),
               " [bits of the mask] beside ", describe(weight));
       }
     }
-    for (const auto* list : states) check_distinct(op, "states", *list);
+    states.push_back({"weights", &weights});
+    check_apart(op, states, {{"grads", &grads}, {"masks", &masks}, {"starts", &starts}});
   }
 };
 

@@ -45,7 +45,8 @@ void step_chunk(const Rule& rule, Weight* weight, const Weight* grad, const uint
                 CpuAccumulator<Weight>* second, const ListChunk& chunk) {
   int64_t k = starts[chunk.begin / kStartBlock];
   for (int64_t word = chunk.begin; word < chunk.end; word += 32) {
-    for (uint32_t left = mask[word / 32]; left != 0; left &= left - 1, ++k) {
+    uint32_t left = mask[word / 32] & valid_bits(chunk.end - word);
+    for (; left != 0; left &= left - 1, ++k) {
       const int64_t i = word + std::countr_zero(left);
       weight[i] = Weight(rule.template step<CpuAccumulator<Weight>>(
           widen(weight[i]), widen(grad[i]), first + k, second + k));
@@ -75,7 +76,8 @@ void masked_sgd_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor
                     const std::vector<Tensor>& masks, const std::vector<Tensor>& starts,
                     const std::vector<Tensor>& buffers, double lr, double momentum,
                     double weight_decay, bool nesterov) {
-  const MaskedStepDoor door("masked_sgd_", weights, grads, masks, starts, {&buffers});
+  const MaskedStepDoor door("masked_sgd_", weights, grads, masks, starts,
+                            {{"momentum_buffers", &buffers}}, momentum == 0);
   masked_step(door, weights, starts, buffers, buffers,
               SgdRule{lr, momentum, weight_decay, nesterov});
 }
@@ -85,7 +87,8 @@ void masked_adamw_cpu(const std::vector<Tensor>& weights, const std::vector<Tens
                       const std::vector<Tensor>& means, const std::vector<Tensor>& squares,
                       double lr, double beta1, double beta2, double eps, double weight_decay,
                       int64_t step) {
-  const MaskedStepDoor door("masked_adamw_", weights, grads, masks, starts, {&means, &squares});
+  const MaskedStepDoor door("masked_adamw_", weights, grads, masks, starts,
+                            {{"means", &means}, {"squares", &squares}});
   masked_step(door, weights, starts, means, squares,
               adamw_rule(lr, beta1, beta2, eps, weight_decay, step));
 }

@@ -1,10 +1,9 @@
 // mask_grads_ and the masked optimizer steps on CUDA.
-#include "reset/masked_step.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
 #include "reset/doors.h"
+#include "reset/masked_step.cuh"
 
 namespace fastunlearn {
 namespace {
@@ -49,7 +48,8 @@ void masked_sgd_cuda(const std::vector<Tensor>& weights, const std::vector<Tenso
                      const std::vector<Tensor>& masks, const std::vector<Tensor>& starts,
                      const std::vector<Tensor>& buffers, double lr, double momentum,
                      double weight_decay, bool nesterov) {
-  const MaskedStepDoor door("masked_sgd_", weights, grads, masks, starts, {&buffers});
+  const MaskedStepDoor door("masked_sgd_", weights, grads, masks, starts,
+                            {{"momentum_buffers", &buffers}}, momentum == 0);
   masked_step("masked_sgd_", door, weights, starts, buffers, nullptr,
               SgdRule{lr, momentum, weight_decay, nesterov});
 }
@@ -59,7 +59,8 @@ void masked_adamw_cuda(const std::vector<Tensor>& weights, const std::vector<Ten
                        const std::vector<Tensor>& means, const std::vector<Tensor>& squares,
                        double lr, double beta1, double beta2, double eps, double weight_decay,
                        int64_t step) {
-  const MaskedStepDoor door("masked_adamw_", weights, grads, masks, starts, {&means, &squares});
+  const MaskedStepDoor door("masked_adamw_", weights, grads, masks, starts,
+                            {{"means", &means}, {"squares", &squares}});
   masked_step("masked_adamw_", door, weights, starts, means, &squares,
               adamw_rule(lr, beta1, beta2, eps, weight_decay, step));
 }

@@ -23,7 +23,8 @@ __device__ __forceinline__ void step_chunk(const MaskedStepParams<Rule>& params,
   const int64_t words = (entry.size + 31) / 32;
   for (int64_t block = chunk.begin / kStartBlock + warp; block * kStartBlock < chunk.end;
        block += kListThreads / 32) {
-    const uint32_t mine = 32 * block + lane < words ? mask[32 * block + lane] : 0;
+    const int64_t w = 32 * block + lane;
+    const uint32_t mine = w < words ? mask[w] & valid_bits(entry.size - 32 * w) : 0;
     int before = __popc(mine);  // bits in the words up to this lane's
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -44,9 +45,9 @@ __device__ __forceinline__ void step_chunk(const MaskedStepParams<Rule>& params,
   }
 }
 
-// Four blocks a multiprocessor: left to itself, ptxas spills in the float64 division of AdamW.
+// Three blocks a multiprocessor: left to itself, ptxas spills in the float64 division of AdamW.
 template <typename Rule>
-__global__ void __launch_bounds__(kListThreads, 4)
+__global__ void __launch_bounds__(kListThreads, 3)
     masked_step_kernel(const __grid_constant__ MaskedStepParams<Rule> params) {
   const ListChunk chunk = find_chunk(params.list);
   visit_type(params.list.entries[chunk.entry].type,

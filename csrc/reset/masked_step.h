@@ -25,6 +25,12 @@ inline constexpr int64_t kStartBlock = 1024;  // elements that share an entry of
 static_assert(kListChunk % kStartBlock == 0);
 inline int64_t mask_starts(int64_t elements) { return (elements + kStartBlock - 1) / kStartBlock; }
 
+// The bits of a mask word that stand for elements, when `left` elements remain from its first on:
+// bits beyond the end of a tensor may hold anything (of an inverted mask, ones).
+FASTUNLEARN_HOST_DEVICE uint32_t valid_bits(int64_t left) {
+  return left >= 32 ? 0xffffffffu : (1u << left) - 1;
+}
+
 struct MaskGradsParams {
   TensorList<kMaskPointers> list;
 };
@@ -65,7 +71,12 @@ struct AdamWRule {
 inline AdamWRule adamw_rule(double lr, double beta1, double beta2, double eps, double weight_decay,
                             int64_t step) {
   const auto t = static_cast<double>(step);
-  return {lr,           beta1, beta2, eps, weight_decay, 1 - std::pow(beta1, t),
+  return {lr,
+          beta1,
+          beta2,
+          eps,
+          weight_decay,
+          1 - std::pow(beta1, t),
           std::sqrt(1 - std::pow(beta2, t))};
 }
 

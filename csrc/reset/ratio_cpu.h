@@ -20,8 +20,8 @@ FASTUNLEARN_INLINE void importance_ratios(const Importance* forget, const Import
     return;
   }
   for (int j = 0; j < kWordBits; ++j) {
-    ratios[j] = j < size ? importance_ratio(widen(forget[j]), widen(retain[j]), eps)
-                         : __builtin_nanf("");
+    ratios[j] =
+        j < size ? importance_ratio(widen(forget[j]), widen(retain[j]), eps) : __builtin_nanf("");
   }
 }
 

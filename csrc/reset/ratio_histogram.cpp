@@ -73,8 +73,8 @@ void count_chunk_double(const HistogramChunk& chunk, uint32_t* counts) {
 }
 
 void ratio_histogram_cpu(Tensor counts, const std::vector<Tensor>& forget,
-                         const std::vector<Tensor>& retain, const Tensor& eps,
-                         const Tensor& prefix, int64_t level) {
+                         const std::vector<Tensor>& retain, const Tensor& eps, const Tensor& prefix,
+                         int64_t level) {
   const RatioHistogramDoor door(counts, forget, retain, eps, prefix, level);
   const RatioHistogramParams& params = door.params;
   const Importances& importances = door.importances;
@@ -92,7 +92,8 @@ void ratio_histogram_cpu(Tensor counts, const std::vector<Tensor>& forget,
                        importances.retain[part.entry].const_data_ptr(), part.begin, part.end,
                        params.eps[part.entry], params.prefix[row], params.level},
                       counted);
-    const int last = params.level == 0 ? kRatioBins - 1 : kRatioBins;  // without what kNotCounted is in
+    const int last =
+        params.level == 0 ? kRatioBins - 1 : kRatioBins;  // without what kNotCounted is in
     for (int bin = 0; bin < last; ++bin) {
       int64_t sum = 0;
       for (int lane = 0; lane < kLanes; ++lane) sum += counted[kRatioBins * lane + bin];

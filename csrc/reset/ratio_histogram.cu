@@ -1,10 +1,9 @@
 // ratio_histogram_ on CUDA.
-#include "reset/ratio_histogram.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
 #include "reset/doors.h"
+#include "reset/ratio_histogram.cuh"
 
 namespace fastunlearn {
 namespace {

@@ -13,8 +13,7 @@ static_assert(kListChunk % (kListThreads * kHistogramUnroll) == 0);
 
 template <typename Importance>
 __device__ __forceinline__ void count_chunk(const RatioHistogramParams& params,
-                                            const ListChunk& chunk, int32_t row,
-                                            unsigned* counts) {
+                                            const ListChunk& chunk, int32_t row, unsigned* counts) {
   using Acc = Accumulator<Importance>;
   const ListEntry<kHistogramPointers>& entry = params.list.entries[chunk.entry];
   const auto* forget = static_cast<const Importance*>(entry.pointers[kHistogramForget]);
@@ -33,7 +32,7 @@ __device__ __forceinline__ void count_chunk(const RatioHistogramParams& params,
     }
 #pragma unroll
     for (int u = 0; u < kHistogramUnroll; ++u) {
-      if (!(ratio[u] >= 0.0f)) continue;                // dead or not a number
+      if (!(ratio[u] >= 0.0f)) continue;                     // dead or not a number
       const int32_t bits = __float_as_int(fabsf(ratio[u]));  // -0 is 0
       if (digit.matches(bits, prefix)) atomicAdd(counts + digit.digit(bits), 1u);
     }

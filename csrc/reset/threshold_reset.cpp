@@ -107,13 +107,11 @@ void threshold_reset_cpu(const std::vector<Tensor>& weights, const std::vector<T
   std::vector<ResetChunk> whole;
   std::vector<int64_t (*)(const ResetChunk&)> reset;
   for (size_t i = 0; i < weights.size(); ++i) {
-    whole.push_back({door.importances.forget[i].const_data_ptr(),
-                     door.importances.retain[i].const_data_ptr(),
-                     mode == kInit ? door.initial[i].const_data_ptr() : nullptr,
-                     weights[i].mutable_data_ptr(),
-                     static_cast<uint32_t*>(masks[i].mutable_data_ptr()), 0, 0,
-                     rule + kResetRules * i, dampening, static_cast<ResetMode>(mode),
-                     element_type(weights[i])});
+    whole.push_back(
+        {door.importances.forget[i].const_data_ptr(), door.importances.retain[i].const_data_ptr(),
+         mode == kInit ? door.initial[i].const_data_ptr() : nullptr, weights[i].mutable_data_ptr(),
+         static_cast<uint32_t*>(masks[i].mutable_data_ptr()), 0, 0, rule + kResetRules * i,
+         dampening, static_cast<ResetMode>(mode), element_type(weights[i])});
     const ElementType importance = element_type(door.importances.forget[i]);
     reset.push_back(importance == kDouble     ? reset_chunk_double
                     : importance == kBFloat16 ? reset_chunk_bfloat16

@@ -1,10 +1,9 @@
 // threshold_reset_ on CUDA.
-#include "reset/threshold_reset.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
 #include "reset/doors.h"
+#include "reset/threshold_reset.cuh"
 
 namespace fastunlearn {
 namespace {

@@ -17,7 +17,7 @@ from fastunlearn import ops
 from fastunlearn.data import Batches, LossFunction
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, restored_on_error
-from fastunlearn.methods.importance import Protected, candidates, check_samples, measure, protected_names
+from fastunlearn.methods.importance import Protected, candidates, check_protect, check_samples, measure, protected_names
 from fastunlearn.outcome import Outcome
 
 
@@ -58,6 +58,7 @@ class SelectiveSynapticDampening:
         if not (math.isfinite(self.floor) and self.floor >= 0):
             raise ValueError(f"floor must not be negative, got {self.floor}")
         check_samples(self.fisher_samples)
+        check_protect(self.protect)
 
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches) -> Outcome:
         """Make ``model`` forget, in place; model and batches as :meth:`fastunlearn.DeepClean.unlearn`.
@@ -89,9 +90,10 @@ class SelectiveSynapticDampening:
                     importances.weights, importances.forget, importances.retain, self.alpha, "dampen",
                     importances.floors(self.floor), lambda_=self.dampening,
                 )  # fmt: skip
-        dampened = dict(zip(parameters, counts.tolist(), strict=True))
-        outcome.changed = {name: count for name, count in dampened.items() if count}
-        outcome.details = {"share_dampened": sum(dampened.values()) / max(importances.live(), 1)}
+            # Inside: what a GPU has to say against the launch, it says when the counts are read.
+            dampened = dict(zip(parameters, counts.tolist(), strict=True))
+            outcome.changed = {name: count for name, count in dampened.items() if count}
+            outcome.details = {"share_dampened": sum(dampened.values()) / max(importances.live(), 1)}
         return outcome
 
     def _settings(self) -> dict[str, Any]:

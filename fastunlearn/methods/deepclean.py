@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction, read
+from fastunlearn.data import Batches, LossFunction, count_batches, read
 from fastunlearn.evaluate import Metrics, evaluate, predict
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
 from fastunlearn.methods.baselines import initialise
 from fastunlearn.methods.explanation import Explanation, LayerShare, Sweep, SweepPoint
-from fastunlearn.methods.importance import Importances, Protected, candidates, check_samples, measure, protected_names
-from fastunlearn.methods.training import descend
+from fastunlearn.methods.importance import (
+    Importances,
+    Protected,
+    candidates,
+    check_protect,
+    check_samples,
+    measure,
+    protected_names,
+)
+from fastunlearn.methods.training import autocast_to, descend
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
 
@@ -51,9 +59,10 @@ class DeepClean:
         finetune_epochs: passes over ``retain`` afterwards; 0 leaves the reset weights as they are.
         optimizer: ``"sgd"`` or ``"adamw"``, with state for the reset weights only.
         lr, momentum, weight_decay: of the optimizer (momentum of SGD alone; decay moves only reset weights).
-        cosine: let the learning rate fall to zero along half a cosine.
+        cosine: let the learning rate rise over the first twentieth of all steps and fall to zero along half a cosine.
         dropout: fine-tune in train mode but for BatchNorm and InstanceNorm, whose statistics are never touched.
-        autocast: fine-tune, and measure in a sweep, under torch.autocast of this dtype, such as torch.bfloat16.
+        autocast: fine-tune, and measure in a sweep, under torch.autocast of torch.bfloat16; None for whatever context
+            the caller has opened.
         patience: with a validation split, stop after so many epochs without a lower loss on it, and keep the best.
         fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
@@ -100,6 +109,12 @@ class DeepClean:
         if self.optimizer not in get_args(OptimizerName):
             raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}, got {self.optimizer!r}")
         check_samples(self.fisher_samples)
+        check_protect(self.protect)
+        for name, value in (("lr", self.lr), ("momentum", self.momentum), ("weight_decay", self.weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number from 0 up, got {value}")
+        if self.autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be torch.bfloat16 or None (gradients are not scaled), got {self.autocast}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience counts epochs from 1, got {self.patience}")
 
@@ -120,9 +135,9 @@ class DeepClean:
             TypeError, ValueError: as :func:`fastunlearn.fisher_diagonal`, before any weight changes;
                 FloatingPointError if fine-tuning diverges. Weights are put back whatever is raised, and when.
 
-        Cost: one Fisher pass over each set, three reads of the information for ``fraction``, one launch for the
-        reset, ``finetune_epochs`` passes over ``retain``; memory: four numbers per weight, and one (SGD) or two per
-        reset weight.
+        Cost: one Fisher pass over each set, five reads of the information, one launch for the reset,
+        ``finetune_epochs`` passes over ``retain``, with ``cosine`` one more if it has no length; memory: four
+        numbers per weight, five with ``reset="init"``, and one (SGD) or two per reset weight.
         """
         self._check_validation(validation)
         outcome = Outcome("DeepClean", self._settings())
@@ -157,8 +172,9 @@ class DeepClean:
 
         Returns:
             A :class:`Sweep` with one point per threshold: metrics, share reset, gaps and a warning where a point has
-            forgotten too much: forget accuracy below the reference's (the test set's without one) by more than two
-            standard errors, or an attack that tells forgotten from test samples the other way round.
+            forgotten too much: forget accuracy below the reference's (the test set's without one, so that to forget
+            a class, give a reference or test samples of that class) by more than two standard errors, or an attack
+            that tells forgotten from test samples the other way round.
 
         Raises ValueError without any threshold, or without ``test`` and ``reference``; else as :meth:`unlearn`.
 
@@ -175,19 +191,19 @@ class DeepClean:
         fresh = self._fresh(model, parameters)
         measured = retain if retain_measured is None else retain_measured
         sets: dict[str, Any] = {"forget": forget, "retain": measured, "test": test, "loss_fn": self.loss_fn}
-        autocast = torch.autocast(device_of(model).type, self.autocast, enabled=self.autocast is not None)
-        with autocast:
+        device = device_of(model)
+        with autocast_to(device, self.autocast):
             yardstick = evaluate(reference, **sets) if isinstance(reference, nn.Module) else reference
             before = evaluate(model, reference=yardstick, **sets)
         passes = Outcome("DeepClean", self._settings())
         importances = self._measure(passes, model, forget, retain, parameters)
-        samples = sum(batch.size for batch in read(forget, "forget", device_of(model)))
+        samples = sum(batch.size for batch in read(forget, "forget", device))
         points = []
         for setting in settings:
             outcome = Outcome("DeepClean", setting._settings())
-            with restored(parameters.values()):
+            with restored(model, parameters.values()):
                 setting._clean(outcome, model, importances, fresh, retain, validation)
-                with autocast:
+                with autocast_to(device, self.autocast):
                     metrics = evaluate(model, reference=yardstick, **sets)
             points.append(SweepPoint.of(outcome, metrics, before, samples))
         return Sweep(before, points, sum(passes.seconds.values()))
@@ -259,6 +275,7 @@ class DeepClean:
             "gamma": self._report(gamma, importances),
             "live": live,
             "share_reset": sum(resets.values()) / max(live, 1),
+            "epochs": 0,
         }
         with outcome.phase("finetune"):
             chosen = {name: mask for name, mask in zip(names, masks, strict=True) if resets[name]}
@@ -283,9 +300,13 @@ class DeepClean:
             optimizer = MaskedAdamW(tuned, list(masks.values()), self.lr, weight_decay=self.weight_decay)
         schedule = None
         if self.cosine:
-            batches = len(retain) if isinstance(retain, Sized) else sum(1 for _ in read(retain, "retain", device))
-            steps = self.finetune_epochs * batches
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            steps = self.finetune_epochs * count_batches(retain)
+            warm = max(1, steps // 20)  # the first steps after a reset are steep
+
+            def factor(step: int) -> float:
+                return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         best: list[Tensor] = []
         losses: list[float] = []
 
@@ -310,7 +331,7 @@ class DeepClean:
                 parameter.requires_grad_(False)
             for parameter in tuned:
                 parameter.requires_grad_(True)
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            with autocast_to(device, self.autocast):
                 descend(
                     model, retain, "retain", optimizer, self.finetune_epochs, self.loss_fn, schedule,
                     after_epoch=stop, progress=self.progress,

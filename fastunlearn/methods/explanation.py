@@ -118,7 +118,7 @@ class SweepPoint:
             reasons.append(f"an attack finds the forgotten samples by their high loss (AUC {auc:.3f})")
         warning = "over-unlearned: " + "; ".join(reasons) if reasons else None
         if warning:
-            warnings.warn(f"gamma {outcome.details['gamma']}: {warning}", stacklevel=4)
+            warnings.warn(f"gamma {outcome.details['gamma']}: {warning}", stacklevel=3)
         return cls(outcome, metrics, abs(forget_gap), retain_gap, warning)
 
 

@@ -37,22 +37,29 @@ class Importances:
         return int(ops.ratio_histogram(self.forget, self.retain).sum())
 
 
+def check_protect(protect: Sequence[Protected]) -> None:
+    """Raises TypeError for anything but a sequence of parameter names and module types."""
+    good = not isinstance(protect, str) and all(
+        isinstance(p, str) or (isinstance(p, type) and issubclass(p, nn.Module)) for p in protect
+    )
+    if not good:
+        raise TypeError(f"protect must be a tuple of parameter names and module types, got {protect!r}")
+
+
 def candidates(model: nn.Module, protect: Sequence[Protected]) -> dict[str, nn.Parameter]:
     """Parameters that require grad and are not protected by name or by the type of a module around them.
 
-    Raises ValueError for a name the model does not have, or if nothing is left.
+    A shared parameter is protected under any of its names. Raises ValueError for a name the model does not have, or
+    if nothing is left.
     """
     types = tuple(kind for kind in protect if isinstance(kind, type))
     names = {name for name in protect if isinstance(name, str)}
-    unknown = names - set(dict(model.named_parameters()))
-    if unknown:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := names - set(named):
         raise ValueError(f"protect names {sorted(unknown)}, which the model does not have")
     guarded = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters()}
-    found = {
-        name: p
-        for name, p in model.named_parameters()
-        if p.requires_grad and name not in names and id(p) not in guarded
-    }
+    guarded |= {id(named[name]) for name in names}
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in guarded}
     if not found:
         raise ValueError("there is no weight to reset: all are protected or do not require grad")
     return found

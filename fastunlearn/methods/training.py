@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +48,11 @@ def descend(
         if after_epoch is not None and after_epoch(epoch):
             break
     optimizer.zero_grad(set_to_none=True)
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """torch.autocast of ``dtype``; for None, whatever the caller has chosen."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _epochs(epochs: int, name: str, progress: bool) -> Iterable[int]:
