@@ -11,7 +11,8 @@ without training it: on the forgotten images what the shadow does on the held-ba
 shadow does there.
 
 ``run`` measures the settings, the front of thresholds, selective synaptic dampening, fine-tuning alone and gradient
-ascent against the retrained model, and writes record.json, table.md and front.png to --out. Training, fine-tuning and
+ascent against the retrained model, and writes record.json, table.md and front.png to --out (``draw`` makes the last
+two from the first). Training, fine-tuning and
 measuring run in bfloat16 autocast; the Fisher passes in float32.
 """
 
@@ -157,7 +158,6 @@ def run(images: Images, test: Images, forget: Tensor, original: nn.Module, refer
             reference=theirs, retain_measured=Loader(sets[1]),
         )  # fmt: skip
     print(sweep, flush=True)
-    sweep.picture(out / "front.png")
     for point in sweep.points:
         seconds = sweep.fisher_seconds + sum(point.outcome.seconds.values())
         name = f"DeepClean, {100 * point.outcome.settings['fraction']:.0f} %, 1 epoch"
@@ -168,8 +168,29 @@ def run(images: Images, test: Images, forget: Tensor, original: nn.Module, refer
         rows.append(row)
     record = {"retraining_seconds": retraining, "torch": torch.__version__, "rows": rows, "sweep": sweep.as_dict()}
     (out / "record.json").write_text(json.dumps(record, indent=1))
+    draw(out)
+
+
+def draw(out: Path) -> None:
+    """table.md and front.png from record.json."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads((out / "record.json").read_text())["rows"]
     head = ["| | forget | retain | test | mean gap | attack AUC | of retraining |", "|---|---|---|---|---|---|---|"]
     (out / "table.md").write_text("\n".join([*head, *map(line, rows)]) + "\n")
+    goal = next(row["accuracy"] for row in rows if row["name"] == "retrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        ours = row["name"].startswith("DeepClean")
+        forget, retain = (abs(row["accuracy"][name] - goal[name]) for name in ("forget", "retain"))
+        axes.scatter(forget, retain, color="#3b6ea5" if ours else "#8a8a8a")
+        axes.annotate(row["name"].removeprefix("DeepClean, "), (forget, retain), xytext=(5, 4), fontsize=7,
+                      textcoords="offset points")  # fmt: skip
+    axes.set_xlabel("forget accuracy, points from the retrained model")
+    axes.set_ylabel("retain accuracy, points from it")
+    axes.set_title("blue: DeepClean, by share of live weights reset", fontsize=10)
+    figure.savefig(out / "front.png", dpi=130)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -180,14 +201,19 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=["search", "run"])
-    parser.add_argument("--archive", type=Path, required=True, help="tar of train|test/<class>/<number>.jpg")
-    parser.add_argument("--forget", type=Path, required=True, help="JSON list of positions among the training images")
+    parser.add_argument("command", choices=["search", "run", "draw"])
+    parser.add_argument("--archive", type=Path, help="tar of train|test/<class>/<number>.jpg")
+    parser.add_argument("--forget", type=Path, help="JSON list of positions among the training images")
     parser.add_argument("--model", type=Path, help="weights trained on everything, safetensors")
     parser.add_argument("--reference", type=Path, help="weights retrained without the forgotten images, safetensors")
     parser.add_argument("--out", type=Path, default=Path("out/deepclean_cifar10"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.command == "draw":
+        draw(options.out)
+        return
+    if options.archive is None or options.forget is None:
+        parser.error(f"{options.command} needs --archive and --forget")
     images = load_images(options.archive, "train")
     forget = torch.tensor(json.loads(options.forget.read_text()))
     if options.command == "search":
