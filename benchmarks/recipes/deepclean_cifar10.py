@@ -185,8 +185,10 @@ def draw(out: Path) -> None:
         ours = row["name"].startswith("DeepClean")
         forget, retain = (abs(row["accuracy"][name] - goal[name]) for name in ("forget", "retain"))
         axes.scatter(forget, retain, color="#3b6ea5" if ours else "#8a8a8a")
-        axes.annotate(row["name"].removeprefix("DeepClean, "), (forget, retain), xytext=(5, 4), fontsize=7,
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            row["name"].removeprefix("DeepClean, "), (forget, retain), xytext=(0, 6 if ours else -11), fontsize=7,
+            textcoords="offset points", ha="right" if forget > 8 else "left",
+        )  # fmt: skip
     axes.set_xlabel("forget accuracy, points from the retrained model")
     axes.set_ylabel("retain accuracy, points from it")
     axes.set_title("blue: DeepClean, by share of live weights reset", fontsize=10)
