@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from conftest import BACKENDS, Backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -414,9 +414,9 @@ def test_memory_that_is_written_is_shared_with_nothing(backend: Backend) -> None
     backend("threshold_reset_", [a[:20], a[20:]], [b[:20], b[20:]], ones, 1.0)
 
 
+# On CUDA the caller is trusted: see ops.masked_sgd_.
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cuda"], indirect=True)
 def test_starts_of_another_mask_are_refused(backend: Backend) -> None:
-    if backend.device == "cuda":
-        pytest.skip("there the caller is trusted: see ops.masked_sgd_")
     few, more = (ops.pack_mask(torch.arange(2000) % n == 0) for n in (3, 2))
     with pytest.raises(RuntimeError, match=r"starts\[0\] is not that of masks\[0\]"):
         backend("masked_sgd_", [torch.ones(2000)], [torch.ones(2000)], [more], [ops.mask_starts(few, 2000)],

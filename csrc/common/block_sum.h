@@ -3,11 +3,7 @@
 // kSumBlock.
 #pragma once
 
-#ifdef __CUDACC__
-#define FASTUNLEARN_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTUNLEARN_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace fastunlearn {
 
