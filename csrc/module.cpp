@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "fisher/sq_grad_channels.h"
 #include "fisher/sq_grad_tile.h"
 #include "reset/tensor_list.h"
+#include "subspace/grouped_mm.h"
+#include "subspace/jacobi.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -44,6 +48,27 @@ py::list plan_tensor_list(const std::vector<int64_t>& sizes, int64_t max_blocks)
   return launches;
 }
 
+py::list plan_grouped(const std::vector<std::array<int64_t, 3>>& shapes) {
+  std::vector<fastunlearn::GroupedShape> grouped;
+  for (const auto& [rows, depth, columns] : shapes) grouped.push_back({rows, depth, columns});
+  py::list launches;
+  for (const auto& launch : fastunlearn::plan_grouped(grouped)) {
+    launches.append(py::dict("members"_a = launch.members, "first_block"_a = launch.first_block));
+  }
+  return launches;
+}
+
+py::dict plan_jacobi(int64_t size, int64_t element_bytes, bool with_rotation,
+                     int64_t max_shared_bytes) {
+  const auto plan = fastunlearn::plan_jacobi(size, element_bytes, with_rotation, max_shared_bytes);
+  return py::dict("warps"_a = plan.warps, "shared_bytes"_a = plan.shared_bytes);
+}
+
+py::tuple tournament_pair(int32_t round, int32_t index, int32_t players) {
+  const auto pair = fastunlearn::tournament_pair(round, index, players);
+  return py::make_tuple(pair.first, pair.second);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,4 +82,10 @@ PYBIND11_MODULE(_C, m) {
         "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
   m.def("plan_tensor_list", &plan_tensor_list, "sizes"_a, "max_blocks"_a = INT32_MAX,
         "Launches of the reset operators over a list of tensors.");
+  m.def("plan_grouped", &plan_grouped, "shapes"_a,
+        "Launches of grouped_mm_ and sketch_ over (rows, depth, columns).");
+  m.def("plan_jacobi", &plan_jacobi, "size"_a, "element_bytes"_a, "with_rotation"_a,
+        "max_shared_bytes"_a, "Warps and shared memory of orthogonal_rows_.");
+  m.def("tournament_pair", &tournament_pair, "round"_a, "index"_a, "players"_a,
+        "The rows that orthogonal_rows_ rotates together.");
 }

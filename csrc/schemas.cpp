@@ -44,4 +44,14 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
       "masked_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] masks, Tensor[] starts, "
       "Tensor(b!)[] means, Tensor(c!)[] squares, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, int step) -> ()");
+  // out_i = op(a_i) b_i; op transposes or does nothing.
+  m.def("grouped_mm_(Tensor(a!)[] out, Tensor[] a, Tensor[] b, bool transpose) -> ()");
+  // out_i = op(matrix_i) Omega(seed_i), Omega of independent standard normal numbers.
+  m.def("sketch_(Tensor(a!)[] out, Tensor[] matrices, int[] seeds, bool transpose) -> ()");
+  // gram = R^T R replaced by R, inverse = R^-1; dependent columns dropped, kept ones counted.
+  m.def(
+      "cholesky_inverse_(Tensor(a!) grams, Tensor(b!) inverses, Tensor(c!) ranks, float tolerance) "
+      "-> ()");
+  // rows [B, k, k] = rotation rows, with the rows orthogonal to one another.
+  m.def("orthogonal_rows_(Tensor(a!) rows, Tensor(b!)? rotation, Tensor(c!) sweeps) -> ()");
 }

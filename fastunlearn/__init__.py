@@ -4,6 +4,7 @@ from fastunlearn import ops
 from fastunlearn.codec import Foci, codec, foci
 from fastunlearn.evaluate import Metrics, evaluate
 from fastunlearn.fisher import FisherDiagonal, fisher_diagonal
+from fastunlearn.lowrank import RSVD, StreamingSketch, batched_eigh, batched_rsvd
 from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.methods.dampening import SelectiveSynapticDampening
@@ -15,6 +16,7 @@ from fastunlearn.outcome import Outcome
 from fastunlearn.subspace import spectral_filter
 
 __all__ = [
+    "RSVD",
     "ClassForgetting",
     "DeepClean",
     "Explanation",
@@ -29,7 +31,10 @@ __all__ = [
     "Outcome",
     "Retrain",
     "SelectiveSynapticDampening",
+    "StreamingSketch",
     "Sweep",
+    "batched_eigh",
+    "batched_rsvd",
     "codec",
     "evaluate",
     "fisher_diagonal",

@@ -184,6 +184,76 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     return (bits & 1).to(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
 
 
+def normal_matrix(seed: int, rows: int, columns: int) -> Tensor:
+    """Omega [rows, columns] in float64: Philox4x32-10 keyed by the seed, Box-Muller; the numbers of ``ops.sketch_``.
+
+    Counter (row // 4, column) gives rows 4 i to 4 i + 3 of a column: two pairs, radius from the 24 upper bits of one
+    word, angle from the 26 upper bits of the next.
+    """
+    low = 2**32 - 1
+    blocks = -(-rows // 4)
+    row = torch.arange(blocks)[:, None].expand(blocks, columns)
+    column = torch.arange(columns)[None, :].expand(blocks, columns)
+    c = [row & low, row >> 32, column & low, column >> 32]
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        first, second = _wide_product(0xD2511F53, c[0]), _wide_product(0xCD9E8D57, c[2])
+        c = [second[0] ^ c[1] ^ k0, second[1], first[0] ^ c[3] ^ k1, first[1]]
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    out = torch.empty(blocks, 4, columns, dtype=torch.float64)
+    for pair in range(2):
+        u = ((c[2 * pair] >> 8).double() + 0.5) * 2.0**-24
+        turn = (c[2 * pair + 1] >> 30).double() / 4
+        turn += ((c[2 * pair + 1] >> 6 & 0xFFFFFF).double() + 0.5 - 2.0**23) * 2.0**-26
+        radius, angle = (-2 * u.log()).sqrt(), 2 * torch.pi * turn
+        out[:, 2 * pair], out[:, 2 * pair + 1] = radius * angle.cos(), radius * angle.sin()
+    return out.reshape(4 * blocks, columns)[:rows]
+
+
+def _wide_product(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of factor * words, all below 2**32, in int64 that may not overflow."""
+    upper, lower = factor >> 16, factor & 0xFFFF
+    low = lower * words  # < 2**48
+    high = upper * words + (low >> 16)  # < 2**48 + 2**32
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def sketch_(out: Sequence[Tensor], matrices: Sequence[Tensor], seeds: Sequence[int], transpose: bool = False) -> None:
+    """out_i = matrix_i (transposed) @ normal_matrix(seed_i)."""
+    for target, matrix, seed in zip(out, matrices, seeds, strict=True):
+        factor = matrix.mT if transpose else matrix
+        omega = normal_matrix(seed, factor.shape[1], target.shape[1]).to(target)
+        target.copy_(factor.to(target.dtype) @ omega)
+
+
+def grouped_mm_(out: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], transpose: bool = False) -> None:
+    """out_i = a_i (transposed) @ b_i."""
+    for target, left, right in zip(out, a, b, strict=True):
+        target.copy_((left.mT if transpose else left).to(target.dtype) @ right.to(target.dtype))
+
+
+def cholesky_inverse_(grams: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Column by column: R replaces G = R^T R, the inverse of the kept block and the kept columns are returned."""
+    inverses, ranks = torch.zeros_like(grams), []
+    for gram, inverse in zip(grams, inverses, strict=True):
+        rest, r = gram.clone(), torch.zeros_like(gram)
+        kept: list[int] = []
+        finite = bool(torch.isfinite(gram.diagonal()).all())
+        for j in range(len(gram)):
+            if finite and rest[j, j] > tolerance * gram[j, j]:
+                kept.append(j)
+                r[j, j:] = rest[j, j:] / rest[j, j].sqrt()
+                rest = rest - r[j][:, None] * r[j][None, :]
+        gram.copy_(r)
+        if kept:
+            index = torch.tensor(kept, device=gram.device)
+            block = r[index][:, index]
+            eye = torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
+            inverse[index[:, None], index] = torch.linalg.solve_triangular(block, eye, upper=True)
+        ranks.append(len(kept) if finite else -1)
+    return inverses, torch.tensor(ranks, device=grams.device)
+
+
 def spectral_filter(gram: Tensor, alpha: float) -> Tensor:
     """U diag(alpha r / ((alpha - 1) r + 1)) U^T with gram = U diag(s) U^T and r = s / sum(s); zero for a zero gram.
 

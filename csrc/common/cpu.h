@@ -48,6 +48,11 @@ FASTUNLEARN_INLINE float widen(c10::BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
 }
 
+// What aligned scratch memory is made of: std::vector<CacheLine> starts on 64 bytes.
+struct alignas(64) CacheLine {
+  unsigned char bytes[64];
+};
+
 // 64 bytes of T: one AVX-512 register, two of AVX2, four of SSE or NEON.
 template <typename T>
 struct VectorOf {

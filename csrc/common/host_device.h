@@ -6,3 +6,9 @@
 #else
 #define FASTUNLEARN_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+
+#ifdef __CUDA_ARCH__
+#define FASTUNLEARN_UNROLL _Pragma("unroll")
+#else
+#define FASTUNLEARN_UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -49,17 +49,38 @@ class DeviceStream {
 
   int multiprocessors() const { return multiprocessors_; }
 
+  // The dynamic shared memory that a block may ask for.
+  int64_t max_shared_bytes() const {
+    int device = 0, bytes = 0;
+    check_cuda("cudaGetDevice", cudaGetDevice(&device));
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  }
+
   // One launch; raises what the runtime says of it.
   template <typename... Params, typename... Args>
   void launch(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
               Args... args) const {
+    launch_shared(name, kernel, blocks, threads, 0, args...);
+  }
+
+  // The same with dynamic shared memory.
+  template <typename... Params, typename... Args>
+  void launch_shared(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
+                     int64_t shared_bytes, Args... args) const {
     check(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), name, ": a grid of ", blocks,
           " blocks can not be launched; split the batch");
     const dim3 grid(static_cast<unsigned>(blocks));
+    if (shared_bytes > 48 * 1024) {  // more than that must be asked for
+      check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes)));
+    }
 #ifdef FASTUNLEARN_EMULATED
-    emulator::launch(grid, threads, 0, [=] { kernel(Params(args)...); });
+    emulator::launch(grid, threads, shared_bytes, [=] { kernel(Params(args)...); });
 #else
-    kernel<<<grid, threads, 0, stream_>>>(Params(args)...);
+    kernel<<<grid, threads, shared_bytes, stream_>>>(Params(args)...);
 #endif
     check_cuda(name, cudaGetLastError());
   }
