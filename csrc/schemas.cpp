@@ -44,4 +44,8 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
       "masked_adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] masks, Tensor[] starts, "
       "Tensor(b!)[] means, Tensor(c!)[] squares, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, int step) -> ()");
+  // gram[g, D, D] += sum of weights[n] * patch^T patch over the patches of a convolution's input.
+  m.def(
+      "gram_accumulate_conv2d_(Tensor(a!) gram, Tensor images, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, Tensor? weights=None) -> ()");
 }
