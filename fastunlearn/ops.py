@@ -211,7 +211,7 @@ def gram_accumulate_conv2d_(
     Raises RuntimeError also where the kernel does not fit into a padded image.
 
     Cost: N Ho Wo C / groups kh kw (d + 1) / 2 multiply-adds, half of the full product: only tiles on and above the
-    diagonal are computed, 64 x 64 on CUDA. On a CPU 16 MB of packed patches (one layer of 256 patches if that is
+    diagonal are computed, 64 x 64 on CUDA. On a CPU 8 MB of packed patches (one layer of 256 patches if that is
     more), on CUDA at most 16 Gram matrices of workspace, and none once the tiles fill the GPU.
     Source: Kodge et al. 2024, arXiv 2312.00761.
     """

@@ -6,27 +6,31 @@
 namespace fastunlearn {
 namespace {
 
+// kRows x kVectors registers of kBytes hold the sums of one chain.
 template <bool kWeighted, int kRows, int kVectors, int kBytes, typename T>
 FASTUNLEARN_INLINE void multiply_block(const T* left, const T* right, const T* weights, int depth,
                                        T* tile) {
   using Vector = typename VectorOf<T, kBytes>::type;
   constexpr int kLanes = VectorOf<T, kBytes>::kLanes;
-  Vector sum[kRows][kVectors] = {};
-  for (int k = 0; k < depth; ++k) {
-    Vector row[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      row[v] = *reinterpret_cast<const Vector*>(right + v * kLanes);
-      if constexpr (kWeighted) row[v] *= weights[k];
+  for (int first = 0; first < depth; first += kGramChain) {
+    const int last = std::min(depth, first + kGramChain);
+    Vector sum[kRows][kVectors] = {};
+    for (int k = first; k < last; ++k) {
+      const T* a = left + k * kPanelWidth<T>;
+      const T* b = right + k * kPanelWidth<T>;
+      Vector row[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        row[v] = *reinterpret_cast<const Vector*>(b + v * kLanes);
+        if constexpr (kWeighted) row[v] *= weights[k];
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * a[i];
+      }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * left[i];
+      for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<Vector*>(tile + i * kTileWidth<T> + v * kLanes) += sum[i][v];
     }
-    left += kPanelWidth<T>;
-    right += kPanelWidth<T>;
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<Vector*>(tile + i * kTileWidth<T> + v * kLanes) += sum[i][v];
   }
 }
 
@@ -34,7 +38,7 @@ template <bool kWeighted, int kRows, int kBytes, typename T>
 FASTUNLEARN_INLINE void multiply_weighted(const T* left, const T* right, const T* weights,
                                           int depth, int rows, int columns, bool upper, T* tile) {
   constexpr int kLanes = VectorOf<T, kBytes>::kLanes;
-  static_assert(kPanelWidth<T> % kRows == 0 && kPanelWidth<T> % (3 * kLanes) == 0);
+  static_assert(kPanelWidth<T> % kRows == 0 && kPanelWidth<T> % kLanes == 0);
   for (int i = 0; i < rows; i += kRows) {
     int j = upper ? i / kLanes * kLanes : 0;
     while (j < columns) {

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "common/cpu.h"
+#include "subspace/gram_conv2d.h"
 
 namespace fastunlearn {
 
 // A panel is [kPanelDepth patches, kPanelWidth features]: three AVX-512 registers wide, so that
-// 8 x 3 of them hold a product, and 4 x 3 of AVX2's. One chain of additions runs over its depth.
+// 8 x 3 of them hold a product, and 4 x 3 of AVX2's.
 inline constexpr int kPanelDepth = 256;
+static_assert(kPanelDepth % kGramChain == 0 && kGramFlush % kPanelDepth == 0);
 template <typename T>
 inline constexpr int kPanelWidth = 3 * VectorOf<T>::kLanes;
 template <typename T>
