@@ -8,6 +8,7 @@
 #include "fisher/sq_grad_channels.h"
 #include "fisher/sq_grad_tile.h"
 #include "reset/tensor_list.h"
+#include "subspace/gram_conv2d.h"
 #include "subspace/grouped_mm.h"
 #include "subspace/jacobi.h"
 
@@ -38,6 +39,19 @@ py::dict plan_sq_grad_channels(int64_t samples, int64_t outer, int64_t channels,
       fastunlearn::plan_sq_grad_channels({samples, outer, channels, inner}, multiprocessors);
   return py::dict("tiles"_a = plan.tiles, "splits"_a = plan.splits,
                   "samples_per_split"_a = plan.samples_per_split, "blocks"_a = plan.blocks);
+}
+
+py::dict plan_gram_conv2d(int64_t groups, int64_t features, int64_t samples, int64_t positions,
+                          int64_t multiprocessors) {
+  const auto plan =
+      fastunlearn::plan_gram_conv2d({groups, features, samples, positions}, multiprocessors);
+  return py::dict("tiles"_a = plan.tiles, "splits"_a = plan.splits,
+                  "patches_per_split"_a = plan.patches_per_split, "blocks"_a = plan.blocks);
+}
+
+py::tuple upper_tile(int64_t index) {
+  const auto tile = fastunlearn::upper_tile(index);
+  return py::make_tuple(tile.row, tile.column);
 }
 
 py::list plan_tensor_list(const std::vector<int64_t>& sizes, int64_t max_blocks) {
@@ -80,6 +94,10 @@ PYBIND11_MODULE(_C, m) {
         "Tiles and splits of sq_grad_linear and sq_grad_conv2d.");
   m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a,
         "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
+  m.def("plan_gram_conv2d", &plan_gram_conv2d, "groups"_a, "features"_a, "samples"_a, "positions"_a,
+        "multiprocessors"_a, "Tiles and splits of gram_accumulate_conv2d_.");
+  m.def("upper_tile", &upper_tile, "index"_a,
+        "Row and column of a tile of gram_accumulate_conv2d_.");
   m.def("plan_tensor_list", &plan_tensor_list, "sizes"_a, "max_blocks"_a = INT32_MAX,
         "Launches of the reset operators over a list of tensors.");
   m.def("plan_grouped", &plan_grouped, "shapes"_a,

@@ -54,4 +54,8 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
       "-> ()");
   // rows [B, k, k] = rotation rows, with the rows orthogonal to one another.
   m.def("orthogonal_rows_(Tensor(a!) rows, Tensor(b!)? rotation, Tensor(c!) sweeps) -> ()");
+  // gram[g, D, D] += sum of weights[n] * patch^T patch over the patches of a convolution's input.
+  m.def(
+      "gram_accumulate_conv2d_(Tensor(a!) gram, Tensor images, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, Tensor? weights=None) -> ()");
 }

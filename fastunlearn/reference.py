@@ -252,6 +252,30 @@ def cholesky_inverse_(grams: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
             inverse[index[:, None], index] = torch.linalg.solve_triangular(block, eye, upper=True)
         ranks.append(len(kept) if finite else -1)
     return inverses, torch.tensor(ranks, device=grams.device)
+def gram_accumulate_(gram: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """gram[g] += sum_n weights[n] * rows[g, n, :]^T rows[g, n, :]; rows [G, n, d] or [n, d]."""
+    x = rows.to(gram.dtype)
+    left = x if weights is None else x * weights.to(gram.dtype)[:, None]
+    return gram.add_(left.mT @ x)
+
+
+def gram_accumulate_conv2d_(
+    gram: Tensor,
+    images: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The same over unfolded patches: gram [groups, d, d], images [N, C, H, W], weights [N]."""
+    groups, d = gram.shape[:2]
+    patches = F.unfold(
+        images.to(gram.dtype), tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride)
+    )  # [N, C * kh * kw, T]
+    samples, _, positions = patches.shape
+    rows = patches.reshape(samples, groups, d, positions).permute(1, 0, 3, 2).reshape(groups, samples * positions, d)
+    return gram_accumulate_(gram, rows, None if weights is None else weights.repeat_interleave(positions))
 
 
 def spectral_filter(gram: Tensor, alpha: float) -> Tensor:

@@ -47,6 +47,12 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline int64_t product(const Tensor& tensor, int64_t first, int64_t last) {
+  int64_t count = 1;
+  for (int64_t i = first; i < last; ++i) count *= tensor.size(i);
+  return count;
+}
+
 inline bool is_storage_type(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
          type == ScalarType::Double;
@@ -84,9 +90,11 @@ inline void check_input(const char* op, const char* name, const Tensor& tensor, 
 }
 
 // `tensor` itself or a contiguous copy; checked not to share memory with `out`.
-inline Tensor readable(const char* op, const char* name, const Tensor& tensor, const Tensor& out) {
+inline Tensor readable(const char* op, const char* name, const Tensor& tensor, const Tensor& out,
+                       const char* out_name = "out") {
   Tensor dense = torch::stable::contiguous(tensor);
-  check(!overlap(dense, out), op, ": ", name, " shares memory with out; pass a copy of it");
+  check(!overlap(dense, out), op, ": ", name, " shares memory with ", out_name,
+        "; pass a copy of it");
   return dense;
 }
 

@@ -14,6 +14,7 @@
 #define FASTUNLEARN_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define FASTUNLEARN_CPU_VERSIONS
 #define FASTUNLEARN_CPU_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -54,12 +55,12 @@ struct alignas(64) CacheLine {
 };
 
 // 64 bytes of T: one AVX-512 register, two of AVX2, four of SSE or NEON.
-template <typename T>
+template <typename T, int kBytes = 64>
 struct VectorOf {
-  static constexpr int kLanes = 64 / sizeof(T);
-  typedef T type __attribute__((vector_size(64)));
+  static constexpr int kLanes = kBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kBytes)));
   // The same, read and written at any address.
-  typedef T unaligned __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 
 }  // namespace fastunlearn

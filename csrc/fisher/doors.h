@@ -9,9 +9,10 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/conv2d_door.h"
 #include "fisher/sq_grad_channels.h"
-#include "fisher/sq_grad_conv2d.h"
 #include "fisher/sq_grad_embedding.h"
+#include "fisher/sq_grad_tile.h"
 
 namespace fastunlearn {
 
@@ -21,14 +22,6 @@ inline void check_accumulator(const char* op, const Tensor& out, int64_t dim) {
         ": out is ", describe(out), "; sums of squares are kept in float32 (float64 for float64)");
   check(out.dim() == dim, op, ": out is ", describe(out), ", expected ", dim, " axes");
 }
-
-inline int64_t product(const Tensor& tensor, int64_t first, int64_t last) {
-  int64_t count = 1;
-  for (int64_t i = first; i < last; ++i) count *= tensor.size(i);
-  return count;
-}
-
-inline bool fits_int(int64_t value) { return value < INT_MAX; }
 
 // A layer's input (or normalized input) and the gradient of its output.
 inline void check_pair(const char* op, const char* name, const Tensor& input, const Tensor& grad,
@@ -76,40 +69,21 @@ struct Conv2dDoor {
     check(input.dim() == 4 && grad.dim() == 4 && input.size(0) == grad.size(0), op, ": input is ",
           describe(input), " and grad_output ", describe(grad),
           "; expected [N, Ci, H, W] and [N, Co, Ho, Wo]");
-    check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-          ": stride, padding and dilation are pairs (vertical, horizontal)");
-    check(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && padding[0] >= 0 &&
-              padding[1] >= 0,
-          op, ": stride and dilation must be positive and padding not negative");
     check(groups > 0 && input.size(1) % groups == 0 && grad.size(1) % groups == 0, op,
           ": groups = ", groups, " must divide the channels of input ", describe(input),
           " and of grad_output ", describe(grad));
     check(out.size(0) == grad.size(1) && out.size(1) * groups == input.size(1), op, ": out is ",
           describe(out), ", expected [", grad.size(1), ", ", input.size(1) / groups, ", kh, kw]");
-    // Offsets inside one sample, coordinates inside the padded image and the taps of one channel
-    // are int in the kernels.
-    check(fits_int(product(input, 1, 4)) && fits_int(product(grad, 1, 4)) &&
-              fits_int(out.numel()) &&
-              fits_int(input.size(2) + 2 * padding[0] + dilation[0] * out.size(2)) &&
-              fits_int(input.size(3) + 2 * padding[1] + dilation[1] * out.size(3)),
-          op, ": one sample of input ", describe(input), " or grad_output ", describe(grad),
-          " has 2^31 elements or more, or its padding or dilation is as large");
-    const int64_t out_h =
-        conv_out_size(input.size(2), out.size(2), stride[0], padding[0], dilation[0]);
-    const int64_t out_w =
-        conv_out_size(input.size(3), out.size(3), stride[1], padding[1], dilation[1]);
-    check(grad.size(2) == out_h && grad.size(3) == out_w, op, ": grad_output is ", describe(grad),
-          ", but this input, kernel, stride, padding and dilation give ", out_h, " x ", out_w,
-          " positions");
-    auto as_int = [](int64_t value) { return static_cast<int>(std::min<int64_t>(value, INT_MAX)); };
-    geometry = {as_int(out.size(1)), as_int(input.size(2)), as_int(input.size(3)),
-                as_int(out.size(2)), as_int(out.size(3)),   as_int(out_h),
-                as_int(out_w),       as_int(stride[0]),     as_int(stride[1]),
-                as_int(padding[0]),  as_int(padding[1]),    as_int(dilation[0]),
-                as_int(dilation[1])};
+    check(fits_int(product(grad, 1, 4)), op, ": one sample of grad_output ", describe(grad),
+          " has 2^31 elements or more");
+    geometry = conv2d_geometry(op, "input", input, groups, {out.size(2), out.size(3)}, stride,
+                               padding, dilation);
+    check(grad.size(2) == geometry.out_h && grad.size(3) == geometry.out_w, op, ": grad_output is ",
+          describe(grad), ", but this input, kernel, stride, padding and dilation give ",
+          geometry.out_h, " x ", geometry.out_w, " positions");
     input = readable(op, "input", input, out);
     grad = readable(op, "grad_output", grad, out);
-    shape = {groups, input.size(0), out_h * out_w, out.size(0) / groups,
+    shape = {groups, input.size(0), int64_t{geometry.out_h} * geometry.out_w, out.size(0) / groups,
              out.size(1) * out.size(2) * out.size(3)};
   }
 };

@@ -4,16 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace fastunlearn {
+#include "common/tile.h"
 
-inline constexpr int kTileOut = 64;    // output features p per block
-inline constexpr int kTileIn = 64;     // input features d per block
-inline constexpr int kTileDepth = 16;  // positions t (or samples, when T = 1) per step
-inline constexpr int kTileThreads = 256;
-inline constexpr int kThreadOut =
-    4;  // each thread owns a kThreadOut x kThreadIn corner of the tile
-inline constexpr int kThreadIn = 4;
-static_assert(kTileOut * kTileIn == kTileThreads * kThreadOut * kThreadIn);
+namespace fastunlearn {
 
 // The sizes of  out[g, p, d] += sum_n (sum_t grad[g, n, t, p] * input[g, n, t, d])^2.
 struct SqGradShape {
@@ -31,8 +24,6 @@ struct SqGradPlan {
   int64_t samples_per_split = 0;  // the last split may have fewer
   int64_t blocks = 0;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Splits the samples only as far as the tiles leave the GPU idle: two blocks per multiprocessor are
 // enough to hide latency, and every split costs one more write and read of `out`. At most 16

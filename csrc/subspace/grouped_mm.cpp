@@ -47,7 +47,7 @@ void grouped(const std::vector<Tensor>& out, const GroupedDoor& door,
     return Scratch{std::vector<CacheLine>(kBlockDepth * stride / kLanes),
                    std::vector<CacheLine>(kBlockRows * stride / kLanes)};
   };
-  for_each_task(static_cast<int64_t>(tasks.size()), make_scratch, [&](int64_t t, Scratch& scratch) {
+  for_each_task(static_cast<int64_t>(tasks.size()), make_scratch, [&](Scratch& scratch, int64_t t) {
     const auto [i, first_row, piece] = tasks[t];
     const GroupedShape& shape = door.shapes[i];
     const int columns = static_cast<int>((shape.columns + kLanes - 1) / kLanes * kLanes);

@@ -92,7 +92,7 @@ void orthogonal_rows(const Tensor& rows, const std::optional<Tensor>& rotation,
   T* turns = rotation ? static_cast<T*>(rotation->mutable_data_ptr()) : nullptr;
   auto* taken = static_cast<int64_t*>(sweeps.mutable_data_ptr());
   auto make_scratch = [&] { return std::vector<CacheLine>(2 * k * padded / kLanes); };
-  for_each_task(rows.size(0), make_scratch, [&](int64_t i, std::vector<CacheLine>& scratch) {
+  for_each_task(rows.size(0), make_scratch, [&](std::vector<CacheLine>& scratch, int64_t i) {
     auto* a = reinterpret_cast<double*>(scratch.data());
     double* q = rotation ? a + k * padded : nullptr;
     for (int64_t r = 0; r < k; ++r) {

@@ -1,9 +1,7 @@
-// out[G, P, C kh kw] += sum_n (sum_t grad[n, g, p, t] * patch[n, g, t, d])^2, patches never stored
+// The geometry of a 2-d convolution.
 #pragma once
 
 #include <cstdint>
-
-#include "fisher/sq_grad_tile.h"
 
 namespace fastunlearn {
 
