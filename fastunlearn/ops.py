@@ -25,9 +25,9 @@ _ops = torch.ops.fastunlearn
 
 __all__ = [
     "cholesky_inverse_",
-    "grouped_mm_",
     "gram_accumulate_",
     "gram_accumulate_conv2d_",
+    "grouped_mm_",
     "mask_grads_",
     "mask_starts",
     "masked_adamw_",
