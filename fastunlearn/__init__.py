@@ -10,11 +10,13 @@ from fastunlearn.methods.dampening import SelectiveSynapticDampening
 from fastunlearn.methods.deepclean import DeepClean
 from fastunlearn.methods.explanation import Explanation, Sweep
 from fastunlearn.methods.lcodec import LCodec
+from fastunlearn.methods.subspace_report import AlphaSearch, Plan, Spectrum, WeightChange, layer_change
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
 from fastunlearn.subspace import spectral_filter
 
 __all__ = [
+    "AlphaSearch",
     "ClassForgetting",
     "DeepClean",
     "Explanation",
@@ -27,13 +29,17 @@ __all__ = [
     "MaskedSGD",
     "Metrics",
     "Outcome",
+    "Plan",
     "Retrain",
     "SelectiveSynapticDampening",
+    "Spectrum",
     "Sweep",
+    "WeightChange",
     "codec",
     "evaluate",
     "fisher_diagonal",
     "foci",
+    "layer_change",
     "ops",
     "spectral_filter",
 ]
