@@ -2,7 +2,7 @@
 
 from fastunlearn import ops
 from fastunlearn.codec import Foci, codec, foci
-from fastunlearn.evaluate import Metrics, evaluate
+from fastunlearn.evaluate import Confusion, Metrics, confusion_matrix, evaluate
 from fastunlearn.fisher import FisherDiagonal, fisher_diagonal
 from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
 from fastunlearn.methods.class_forgetting import ClassForgetting
@@ -18,6 +18,7 @@ from fastunlearn.subspace import spectral_filter
 __all__ = [
     "AlphaSearch",
     "ClassForgetting",
+    "Confusion",
     "DeepClean",
     "Explanation",
     "FineTune",
@@ -36,6 +37,7 @@ __all__ = [
     "Sweep",
     "WeightChange",
     "codec",
+    "confusion_matrix",
     "evaluate",
     "fisher_diagonal",
     "foci",
