@@ -157,15 +157,15 @@ def layer_rows(module: nn.Module, input: Tensor, pick: Tensor | None = None) -> 
         )
     windows = _windows(module, input)  # [N, *out, C, *kernel], a view
     axes = len(module.kernel_size)
-    positions = windows.shape[: 1 + axes]
+    positions, dim = windows.shape[: 1 + axes], module.weight[0].numel()
     if pick is None:
-        patches = windows.reshape(math.prod(positions), module.groups, -1)
+        patches = windows.reshape(math.prod(positions), module.groups, dim)
     else:
         index: list[Tensor] = []
         for size in reversed(positions):
             index.insert(0, pick % size)
             pick = pick // size
-        patches = windows[tuple(index)].reshape(len(pick), module.groups, -1)
+        patches = windows[tuple(index)].reshape(len(index[0]), module.groups, dim)
     return patches.transpose(0, 1)
 
 

@@ -440,7 +440,8 @@ def _workspace(slot: Slot, plan: LayerPlan) -> int:
         solve = slot.groups * (4 * plan.rows * d + 3 * plan.rows**2)
     else:
         solve = 6 * slot.groups * d**2
-    return 8 * (solve + 5 * weight + 2 * slot.groups * BLOCK * d)
+    block = BLOCK if plan.rows is None else min(BLOCK, plan.rows)
+    return 8 * (solve + 5 * weight + 2 * slot.groups * block * d)
 
 
 def _half_of_free(device: torch.device) -> int | None:
