@@ -299,7 +299,7 @@ class GramAccumulator:
         if rows.dim() != 3 or rows.shape[0] != self.groups or rows.shape[2] != self.dim:
             raise ValueError(f"rows must be [{self.groups}, n, {self.dim}], got {list(rows.shape)}")
         _require_finite_members(rows, "rows")
-        self._fold_if_full(self.rows_seen + rows.shape[1])  # before the new rows, so as not to hold both
+        self._fold_if_full(self.rows_seen + rows.shape[1], rows.device)  # before the new rows, so as not to hold both
         if self._gram is not None:
             self._add_products(self._gram, rows)
         elif rows.shape[1]:
@@ -322,7 +322,7 @@ class GramAccumulator:
             folded = other._gram.to(self.dtype, copy=True)
             self._gram, self._rows = folded + self.gram if self._rows else folded, []
         self.rows_seen += other.rows_seen
-        self._fold_if_full(self.rows_seen)
+        self._fold_if_full(self.rows_seen, self._rows[0].device if self._rows else torch.device("cpu"))
         return self
 
     def __add__(self, other: GramAccumulator) -> GramAccumulator:
@@ -390,9 +390,8 @@ class GramAccumulator:
             block = rows[:, start : start + BLOCK].to(torch.promote_types(self.dtype, rows.dtype))
             total += block.mT @ block
 
-    def _fold_if_full(self, rows: int) -> None:
+    def _fold_if_full(self, rows: int, device: torch.device) -> None:
         if self._gram is None and rows >= self.dim:
-            device = self._rows[0].device if self._rows else None
             self._gram, self._rows = self.gram.to(device), []
 
 

@@ -358,8 +358,11 @@ def test_how_each_layer_was_solved_and_why_is_said(trained: nn.Module) -> None:
     outcome = ClassForgetting().unlearn(copy.deepcopy(trained), forget, retain)
     solvers = outcome.details["solver"]
     assert list(solvers) == ["0", "4", "7", "9"]
-    assert solvers["0"][0] == "cholesky, cholesky" and "condition 100 at most" in solvers["0"][1]
-    assert solvers["7"][0] == "rows, rows" and "16 rows are fewer than 32 columns" in solvers["7"][1]
+    assert solvers["0"][0] == "cholesky" and "condition 100 at most" in solvers["0"][1]
+    assert solvers["7"][0] == "rows" and "16 rows are fewer than 32 columns" in solvers["7"][1]
+    forget, retain = split(three_classes(54))  # 18 and 36
+    solver, reason = ClassForgetting().unlearn(copy.deepcopy(trained), forget, retain).details["solver"]["7"]
+    assert solver == "cholesky for retain, rows for forget" and "18 rows are fewer" in reason
     outcome = ClassForgetting(solver="eigh").unlearn(copy.deepcopy(trained), forget, retain)
     assert set(outcome.details["solver"].values()) == {("eigh", "asked for")}
 
@@ -419,6 +422,32 @@ def test_no_product_of_columns_by_columns_is_formed_for_few_rows() -> None:
     assert method.plan(model, [(x[:2], torch.zeros(2))], [(x[2:], torch.zeros(4))]).total < 1e9
     method.unlearn(model, [(x[:2], torch.zeros(2))], [(x[2:], torch.zeros(4))])
     assert (model(x[:2]) - before @ x[:2].mT).norm() > 0 and not torch.equal(model.weight, before)
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("samples", [24, 300])
+def test_every_device_gives_the_same_update_search_and_spectrum(trained: nn.Module, samples: int, device: str) -> None:
+    here, there = copy.deepcopy(trained).double(), copy.deepcopy(trained).double().to(device)
+    forget, retain = ([(x.double(), y) for x, y in part] for part in split(three_classes(samples)))
+    method = ClassForgetting(max_patches=500)
+    grids = [method.search(model, forget, retain, **GRID) for model in (here, there)]
+    for one, other in zip(*(grid.points for grid in grids), strict=True):
+        assert one.accuracy == other.accuracy and one.change == pytest.approx(other.change, rel=1e-9)
+    spectra = [method.spectrum(model, forget, retain) for model in (here, there)]
+    for a, b in zip(*(spectrum.layers for spectrum in spectra), strict=True):
+        assert torch.allclose(a.retain, b.retain, rtol=0, atol=1e-11)
+    assert (
+        str(method.plan(here, forget, retain)).splitlines()[0]
+        == str(method.plan(there, forget, retain)).splitlines()[0]
+    )
+    for model in (here, there):
+        method.unlearn(model, forget, retain)
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.allclose(p, q.cpu(), rtol=0, atol=1e-10)
+    assert torch.equal(*(confusion_matrix(model, [*forget, *retain]).counts for model in (here, there)))
 
 
 GRID = {"alphas_retain": (0.25, 100.0, 1000.0), "alphas_forget": (0.25, 3.0, 30.0)}

@@ -244,7 +244,8 @@ def test_merging_leaves_the_other_accumulator_as_it_was() -> None:
 
 def test_fewer_rows_than_columns_never_form_a_square_of_columns() -> None:
     gram = GramAccumulator(100_000).add_(torch.randn(3, 100_000))  # its square would take 80 GB
-    assert gram.filter(torch.randn(1, 2, 100_000), 3.0).shape == (1, 2, 100_000)
+    assert (gram + gram).filter(torch.randn(1, 2, 100_000), 3.0).shape == (1, 2, 100_000)
+    assert gram.eigenpairs().vectors.shape == (1, 100_000, 3)
 
 
 def test_float64_master_does_not_drift_over_a_long_stream() -> None:

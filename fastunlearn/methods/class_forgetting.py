@@ -118,7 +118,7 @@ class ClassForgetting:
         outcome = Outcome("ClassForgetting", asdict(self))
         with outcome.measured(device_of(model)):
             uses, untouched = _updatable(model, self.layers)
-            plans = self._plans(model, uses)
+            plans = self._plans(uses, self._limit(model))
             with outcome.phase("gather"):
                 retained, forgotten = self._collect(model, uses, plans, forget, retain)
             with outcome.phase("solve"), torch.no_grad():
@@ -147,7 +147,8 @@ class ClassForgetting:
         require_batches(forget, "forget")
         require_batches(retain, "retain")
         uses, untouched = _updatable(model, self.layers)
-        plans = self._plans(model, uses)
+        limit = self._limit(model)
+        plans = self._plans(uses, limit)
         share = 0
         if self.max_patches is not None:
             for batches, name in ((forget, "forget"), (retain, "retain")):
@@ -157,7 +158,7 @@ class ClassForgetting:
         sample = sum(slot.groups * share * slot.dim * rows_dtype(slot).itemsize for slot in slots)
         weights = sum(group[0].region.numel() * group[0].parameter.element_size() for group in uses)
         workspace = max((_workspace(slot, plans[slot.name]) for slot in slots), default=0)
-        return Plan(list(plans.values()), sample, workspace, weights, self._limit(model), untouched)
+        return Plan(list(plans.values()), sample, workspace, weights, limit, untouched)
 
     def search(
         self,
@@ -211,7 +212,7 @@ class ClassForgetting:
 
         start = time.perf_counter()
         uses, untouched = _updatable(model, self.layers)
-        plans = self._plans(model, uses, max(alphas_retain), max(alphas_forget))
+        plans = self._plans(uses, self._limit(model), max(alphas_retain), max(alphas_forget))
         retained, forgotten = self._collect(model, uses, plans, forget, retain)
         called = _called(uses, retained, forgotten, untouched)
         with torch.no_grad():
@@ -245,7 +246,7 @@ class ClassForgetting:
         """
         _require_ready(model, forget, retain)
         uses, untouched = _updatable(model, self.layers)
-        plans = self._plans(model, uses)
+        plans = self._plans(uses, self._limit(model))
         retained, forgotten = self._collect(model, uses, plans, forget, retain)
         found = []
         with torch.no_grad():
@@ -261,14 +262,13 @@ class ClassForgetting:
 
     def _plans(
         self,
-        model: nn.Module,
         uses: list[list[Slot]],
+        limit: int | None,
         alpha_retain: float | None = None,
         alpha_forget: float | None = None,
     ) -> dict[str, LayerPlan]:
         """Per slot what is collected: "auto" gives Gram matrices to the smallest layers first, while they fit."""
         alphas = (alpha_retain or self.alpha_retain, alpha_forget or self.alpha_forget)
-        limit = self._limit(model) if self.solver == "auto" else None
         plans: dict[str, LayerPlan] = {}
         filled = 0
         for group in sorted(uses, key=lambda group: sum(_gram_bytes(slot, self.max_patches) for slot in group)):
@@ -279,7 +279,9 @@ class ClassForgetting:
             solver, reason = self.solver, "asked for"
             if solver == "auto":
                 thin = self.max_patches is not None and self.max_patches < group[0].dim
-                solver, reason = ("auto", f"{self.max_patches} rows at most") if thin else ("cholesky", "it fits")
+                solver, reason = (
+                    ("auto", f"{self.max_patches} rows at most") if thin else ("cholesky", "it fits in memory")
+                )
                 if limit is not None and filled + exact > limit and lean < exact:
                     solver = "sketch"
                     reason = (
@@ -296,6 +298,9 @@ class ClassForgetting:
         return {slot.name: plans[slot.name] for group in uses for slot in group}
 
     def _limit(self, model: nn.Module) -> int | None:
+        """Bytes that "auto" may fill; no other solver has a choice to make."""
+        if self.solver != "auto":
+            return None
         return self.memory_limit if self.memory_limit is not None else _half_of_free(device_of(model))
 
     def _collect(
@@ -327,7 +332,8 @@ class ClassForgetting:
         if not bool(torch.isfinite(updated).all()):
             raise ValueError(f"the update of layer {slot.name} is not finite; no weight was changed")
         change = float(delta.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
-        used = one if one == other else (f"{one[0]}, {other[0]}", f"retain: {one[1]}; forget: {other[1]}")
+        solver = one[0] if one[0] == other[0] else f"{one[0]} for retain, {other[0]} for forget"
+        used = solver, one[1] if one == other else f"retain: {one[1]}; forget: {other[1]}"
         for name, value in (
             ("rows", (retain.rows_seen, forget.rows_seen)), ("relative_change", change), ("solver", used)
         ):  # fmt: skip
@@ -427,8 +433,8 @@ def _gram_bytes(slot: Slot, rows: int | None) -> int:
 
 
 def _sketch_bytes(slot: Slot, ranks: tuple[int, int]) -> int:
-    """Test matrix and sketch of both sets, float64."""
-    return sum(2 * slot.groups * slot.dim * (rank + _OVERSAMPLE) * 8 for rank in ranks)
+    """G Omega [groups, d, rank + oversample] and a trace per group, of both sets, float64; Omega is never stored."""
+    return sum(8 * slot.groups * (slot.dim * min(rank + _OVERSAMPLE, slot.dim) + 1) for rank in ranks)
 
 
 def _workspace(slot: Slot, plan: LayerPlan) -> int:

@@ -48,7 +48,7 @@ class Plan:
         sample: bytes at most of one batch's share of sampled rows, over all layers.
         workspace: bytes at most of temporaries, of the layer that needs most.
         weights: bytes of the updated weights, all ready before the first is written.
-        limit: bytes that "auto" may fill with Gram matrices; None where free memory is not known.
+        limit: bytes that "auto" may fill with Gram matrices; None for another solver, or if free memory is not known.
         untouched: layers left alone, and why.
     """
 
