@@ -325,13 +325,15 @@ class ClassForgetting:
         weight = slot.matrix(torch.float64)
         try:
             kept, one = self._filter(retain, weight, self.alpha_retain, plan, plan.ranks[0])
-            delta, other = self._filter(forget, weight - kept, self.alpha_forget, plan, plan.ranks[1])
+            unprotected = kept.neg_().add_(weight)  # in place: W may be larger than all that was collected
+            delta, other = self._filter(forget, unprotected, self.alpha_forget, plan, plan.ranks[1])
         except ValueError as error:
             raise ValueError(f"layer {slot.name}: {error}") from error
-        updated = (weight - delta).reshape(slot.region.shape).to(slot.parameter.dtype)
+        del kept, unprotected
+        change = float(delta.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
+        updated = delta.neg_().add_(weight).reshape(slot.region.shape).to(slot.parameter.dtype)
         if not bool(torch.isfinite(updated).all()):
             raise ValueError(f"the update of layer {slot.name} is not finite; no weight was changed")
-        change = float(delta.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
         solver = one[0] if one[0] == other[0] else f"{one[0]} for retain, {other[0]} for forget"
         used = solver, one[1] if one == other else f"retain: {one[1]}; forget: {other[1]}"
         for name, value in (
@@ -447,7 +449,7 @@ def _workspace(slot: Slot, plan: LayerPlan) -> int:
     else:
         solve = 6 * slot.groups * d**2
     block = BLOCK if plan.rows is None else min(BLOCK, plan.rows)
-    return 8 * (solve + 5 * weight + 2 * slot.groups * block * d)
+    return 8 * (solve + 6 * weight + 2 * slot.groups * block * d)
 
 
 def _half_of_free(device: torch.device) -> int | None:

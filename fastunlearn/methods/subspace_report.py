@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at most beyond the model and its own forward pass."""
+        """Bytes at most beyond the model, its own forward pass, and what allocator and BLAS keep for themselves."""
         return self.held + self.sample + self.workspace + self.weights
 
     def as_dict(self) -> dict[str, Any]:
