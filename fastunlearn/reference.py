@@ -252,6 +252,8 @@ def cholesky_inverse_(grams: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
             inverse[index[:, None], index] = torch.linalg.solve_triangular(block, eye, upper=True)
         ranks.append(len(kept) if finite else -1)
     return inverses, torch.tensor(ranks, device=grams.device)
+
+
 def gram_accumulate_(gram: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """gram[g] += sum_n weights[n] * rows[g, n, :]^T rows[g, n, :]; rows [G, n, d] or [n, d]."""
     x = rows.to(gram.dtype)

@@ -14,19 +14,68 @@ Every array of a layer carries its groups first, [groups, ...]; Linear and ungro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastunlearn import ops
 from fastunlearn.data import Batches, read
 from fastunlearn.hooks import Call, device_of, preserved, recording
+from fastunlearn.lowrank import StreamingSketch, batched_rsvd
 from fastunlearn.outcome import track
+from fastunlearn.slots import Gather, Slot, choose_layers, layer_rows, padded_input, slot_rows
 
-Solver = Literal["auto", "cholesky", "eigh"]
-SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "eigh")
+Solver = Literal["auto", "cholesky", "eigh", "rsvd", "sketch"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+BLOCK = 4096  # rows gathered and multiplied at a time, so that no pass over a batch copies all of its patches
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Leading eigenpairs of Gram matrices, computed once and good for any alpha.
+
+    Attributes:
+        values: [groups, k] float64, from the largest down, none negative.
+        vectors: [groups, d, k] float64, columns orthonormal.
+        trace: [groups] float64, the sum of all d eigenvalues, also of those beyond the k-th.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    trace: Tensor
+
+    @property
+    def ratios(self) -> Tensor:
+        """r = eigenvalue / trace, [groups, k]; zero where there was no energy."""
+        return (self.values / _nonzero(self.trace)[:, None]).clamp(0, 1)
+
+    def gain(self, alpha: float) -> Tensor:
+        """The filter's factor alpha r / ((alpha - 1) r + 1) in each direction, [groups, k]."""
+        _require_alpha(alpha)
+        return _gain(self.ratios, alpha)
+
+    def dropped_gain(self, alpha: float) -> float:
+        """What the filter would have left of any direction beyond the k-th, at most: the norm of the error in M.
+
+        The eigenvalues come in order and sum to the trace, so the first that is missing is no larger than the last
+        that is there, nor than all that is missing together. 0 when none is missing.
+        """
+        if not self.ratios.numel():
+            return 0.0
+        missing = (1 - self.ratios.sum(-1)).clamp(min=0)
+        missing = torch.where(missing > _ROUNDING, missing, torch.zeros_like(missing))
+        return float(_gain(torch.minimum(missing, self.ratios[:, -1]), alpha).max())
+
+    def filter(self, weight: Tensor, alpha: float) -> Tensor:
+        """:func:`filter_weight_by_eigenpairs` of a weight [groups, p, d]."""
+        return filter_weight_by_eigenpairs(weight, self.values, self.vectors, self.trace, alpha)
+
+
+_ROUNDING = 1e-12  # a sum of ratios this close to 1 is 1
 
 
 def spectral_filter(gram: Tensor, alpha: float) -> Tensor:
@@ -143,13 +192,49 @@ def filter_weight_by_eigh(weight: Tensor, gram: Tensor, alpha: float) -> Tensor:
     return filtered.to(weight.dtype)
 
 
+def filter_weight_by_eigenpairs(weight: Tensor, values: Tensor, vectors: Tensor, trace: Tensor, alpha: float) -> Tensor:
+    """W V diag(alpha r / ((alpha - 1) r + 1)) V^T with r = values / trace: the filter on a kept subspace.
+
+    With all d eigenpairs this is :func:`filter_weight`. With the leading k, what lies outside the kept subspace is
+    dropped, which for exact eigenpairs changes the filter by no more (in the spectral norm) than its gain
+    alpha r / ((alpha - 1) r + 1) at the first r left out, itself at most alpha / (alpha + k).
+
+    Args:
+        weight: [..., p, d], float32 or float64.
+        values: [..., k], eigenvalues of the Gram matrices; negative ones (rounding) count as zero.
+        vectors: [..., d, k], the eigenvectors in its columns.
+        trace: [...], of the Gram matrices; where it is 0, the result is 0.
+        alpha: > 0.
+
+    Returns:
+        [..., p, d] in the dtype of ``weight``, computed in float64.
+
+    Raises:
+        TypeError, ValueError: another dtype of ``weight``; shapes that do not fit; alpha not finite and positive.
+
+    Cost: 2 p k d multiply-adds; p x k and p x d temporaries. Source: arXiv 2312.00761.
+    """
+    _require_alpha(alpha)
+    _require_fit(weight, vectors.mT, "vectors^T")
+    if values.shape != (*vectors.shape[:-2], vectors.shape[-1]) or trace.shape != values.shape[:-1]:
+        raise ValueError(
+            f"values [..., k], vectors [..., d, k] and trace [...] do not fit: got {list(values.shape)}, "
+            f"{list(vectors.shape)} and {list(trace.shape)}"
+        )
+    kept = _gain((values.double() / _nonzero(trace.double())[..., None]).clamp(0, 1), alpha)
+    vectors = vectors.double()
+    return (weight.double() @ vectors * kept[..., None, :] @ vectors.mT).to(weight.dtype)
+
+
 class GramAccumulator:
     """Streaming second moments A^T A of one layer's input rows; sums over batches, devices and machines.
 
     Fewer rows than columns are kept as they are, since n x d is then the smaller of the two and lets
     :meth:`filter` solve in n x n. From ``dim`` rows on they are folded into [groups, dim, dim] and forgotten.
-    Each batch's product is taken in the dtype of its rows and added to a master of dtype ``dtype``, so that
-    float64 keeps a stream of any length from drifting.
+    Products are taken and summed in ``dtype`` (float64 for float64 rows). A float32 product resolves singular
+    values down to 2.4e-4 of the largest, where an SVD of the rows reaches 6e-8; a float64 product of float32 rows is
+    exact to 1e-16 at any scale that float32 has, and costs 1.8 times the float32 product (2000 rows, d = 1152 and
+    2304, two CPU cores).
 
     Args:
         dim: d, columns of a row.
@@ -183,8 +268,13 @@ class GramAccumulator:
         device = self._rows[0].device if self._rows else None
         total = torch.zeros(self.groups, self.dim, self.dim, dtype=self.dtype, device=device)
         for rows in self._rows:
-            total += rows.mT @ rows
+            self._add_products(total, rows)
         return total
+
+    @property
+    def elements(self) -> int:
+        """Elements held: groups * min(n, dim) * dim."""
+        return sum(t.numel() for t in (self._rows if self._gram is None else [self._gram]))
 
     def add_(self, rows: Tensor) -> GramAccumulator:
         """Add rows [groups, n, dim] (or [n, dim] if there is one group), float32 or float64; returns itself.
@@ -200,13 +290,37 @@ class GramAccumulator:
         if rows.dim() != 3 or rows.shape[0] != self.groups or rows.shape[2] != self.dim:
             raise ValueError(f"rows must be [{self.groups}, n, {self.dim}], got {list(rows.shape)}")
         _require_finite_members(rows, "rows")
+        self._fold_if_full(self.rows_seen + rows.shape[1], rows.device)  # before the new rows, so as not to hold both
         if self._gram is not None:
-            self._gram += rows.mT @ rows
+            self._add_products(self._gram, rows)
         elif rows.shape[1]:
             # A copy: the caller may reuse its buffer, and a view of a batch would keep the whole batch alive.
             self._rows.append(rows.detach().clone())
         self.rows_seen += rows.shape[1]
-        self._fold_if_full()
+        return self
+
+    def add_patches_(self, module: nn.Conv2d, input: Tensor) -> GramAccumulator:
+        """Add every patch of what a convolution was called with, [(N,) C, H, W]; returns itself.
+
+        Equal to :meth:`add_` of its ``layer_rows``, but from ``dim`` rows on no patch is unfolded:
+        ``ops.gram_accumulate_conv2d_`` reads the image, and half the products of a symmetric sum are spared.
+
+        Raises ValueError for NaN or Inf in ``input``; the sums are then as before.
+        """
+        images = padded_input(module, input.detach())
+        count = math.prod(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(images.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
+        ) * len(images)
+        if self._gram is None and self.rows_seen + count < self.dim:
+            return self.add_(layer_rows(module, input).to(self.dtype))
+        _require_finite_members(images, "input")
+        self._fold_if_full(self.rows_seen + count, images.device)
+        assert self._gram is not None
+        ops.gram_accumulate_conv2d_(
+            self._gram, images.to(self.dtype), module.kernel_size, module.stride, (0, 0), module.dilation
+        )
+        self.rows_seen += count
         return self
 
     def merge_(self, other: GramAccumulator) -> GramAccumulator:
@@ -223,96 +337,98 @@ class GramAccumulator:
             folded = other._gram.to(self.dtype, copy=True)
             self._gram, self._rows = folded + self.gram if self._rows else folded, []
         self.rows_seen += other.rows_seen
-        self._fold_if_full()
+        self._fold_if_full(self.rows_seen, self._rows[0].device if self._rows else torch.device("cpu"))
         return self
 
     def __add__(self, other: GramAccumulator) -> GramAccumulator:
         return GramAccumulator(self.dim, self.groups, self.dtype).merge_(self).merge_(other)
 
-    def filter(self, weight: Tensor, alpha: float, solver: Solver = "auto") -> Tensor:
+    def filter(
+        self, weight: Tensor, alpha: float, solver: Solver = "auto", rank: int | None = None, seed: int = 0
+    ) -> Tensor:
         """weight [groups, p, dim] @ M(alpha) of the rows seen; zero when there was none.
 
         ``solver``: "auto" solves in n x n while n < dim and by Cholesky in dim x dim otherwise, "cholesky"
-        always in dim x dim, "eigh" by eigendecomposition. Raises as :func:`filter_weight`.
+        always in dim x dim, "eigh" by eigendecomposition, "rsvd" by :meth:`eigenpairs` of ``rank`` and ``seed``.
+        Raises as :func:`filter_weight`.
         """
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if solver == "sketch":
+            raise ValueError("a sketch is chosen when the rows are collected; these are summed exactly")
+        if solver == "rsvd":
+            return self.eigenpairs(rank or low_rank(self.dim, alpha), seed).filter(weight, alpha)
         if solver == "eigh":
             return filter_weight_by_eigh(weight, self.gram.to(weight.device), alpha)
         if solver == "auto" and self._gram is None:
-            empty = weight.new_empty(self.groups, 0, self.dim, dtype=torch.float64)
-            rows = torch.cat([empty, *(part.double() for part in self._rows)], 1)
-            return filter_weight_by_rows(weight, rows, alpha)
+            return filter_weight_by_rows(weight, self._kept_rows().to(weight.device), alpha)
         return filter_weight(weight, self.gram.to(weight.device), alpha)
 
-    def _fold_if_full(self) -> None:
-        if self._gram is None and self.rows_seen >= self.dim:
-            self._gram, self._rows = self.gram, []
+    def eigenpairs(self, rank: int | None = None, seed: int = 0) -> Eigenpairs:
+        """Eigenpairs of the Gram matrices, min(n, dim) of them, or by a randomised SVD the leading ``rank``.
+
+        Fewer rows than columns are decomposed as rows: nothing dim x dim is formed. Directions below 1e-15 of the
+        largest eigenvalue are rounding and come as zero vectors of value zero.
+
+        Raises ValueError when the sums hold NaN or Inf.
+        Cost: about 9 min(n, dim)^3, with ``rank`` about 6 rank * min(n, dim) * dim multiply-adds.
+        """
+        thin = self._gram is None
+        source = self._kept_rows() if thin else self.gram.double()
+        # Exact scaling to a largest entry of 1 keeps the squares of the rows within float64.
+        largest = source.abs().amax((-2, -1), keepdim=True) if source.numel() else source.new_zeros(self.groups, 1, 1)
+        _require_finite_members(source, "rows" if thin else "gram")
+        unit = _power_of_two(largest)
+        source = source / unit
+        trace = source.square().sum((-2, -1)) if thin else source.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if rank is not None and rank < min(source.shape[-2:]):
+            found = batched_rsvd(source, rank=rank, seed=seed)
+            singular, vectors = cast(Tensor, found.S), cast(Tensor, found.Vh).mT
+            values = singular.square() if thin else singular
+        else:
+            values, vectors = torch.linalg.eigh(source @ source.mT if thin else source)
+            values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+            values = torch.where(values > 1e-15 * trace[:, None], values, torch.zeros_like(values))
+            if thin:
+                vectors = source.mT @ vectors / _nonzero(values.sqrt())[:, None, :]
+            vectors = vectors * (values > 0)[:, None, :]
+        scale = unit[:, 0, 0].square() if thin else unit[:, 0, 0]
+        return Eigenpairs(values * scale[:, None], vectors, trace * scale)
+
+    def _kept_rows(self) -> Tensor:
+        """The rows [groups, n, dim] in float64, while there are fewer than columns."""
+        if not self._rows:
+            return torch.zeros(self.groups, 0, self.dim, dtype=torch.float64)
+        return torch.cat([part.double() for part in self._rows], 1)
+
+    def _add_products(self, total: Tensor, rows: Tensor) -> None:
+        for start in range(0, rows.shape[1], BLOCK):
+            block = rows[:, start : start + BLOCK].to(torch.promote_types(self.dtype, rows.dtype))
+            total += block.mT @ block
+
+    def _fold_if_full(self, rows: int, device: torch.device) -> None:
+        if self._gram is None and rows >= self.dim:
+            self._gram, self._rows = self.gram.to(device), []
 
 
-def supported_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with second moments here, by name: Linear, Conv1d and Conv2d, subclasses included.
+def low_rank(dim: int, alpha: float) -> int:
+    """The rank a low-rank solver keeps unless told: 4 alpha, at least 64, at most d.
 
-    A layer whose weight is computed from other parameters (weight norm, ``torch.nn.utils.parametrize``) is
-    left out: there is no weight to write to. Cost: one walk over the modules.
+    The eigenvalue ratios sum to 1, so the k-th is at most 1 / k and the filter's gain on all that k eigenpairs drop
+    at most alpha / (alpha + k): a fifth at k = 4 alpha, whatever the spectrum; in practice far less.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and "weight" in module._parameters
-    }
+    return min(dim, max(64, math.ceil(4 * alpha)))
 
 
-def layer_groups(module: nn.Module) -> int:
-    """Groups of a convolution; 1 for a Linear."""
-    return cast(int, getattr(module, "groups", 1))
+# What a layer's rows leave behind.
+Moments = GramAccumulator | StreamingSketch
 
 
-def layer_rows(module: nn.Module, input: Tensor, pick: Tensor | None = None) -> Tensor:
-    """The vectors that the weights of ``module`` are multiplied with, one row per output position.
-
-    Row t of a Linear is input.reshape(-1, d)[t]; of a convolution, the patch under output position t
-    (samples, then output positions in row-major order), its channels, kernel rows and columns flattened as
-    the weight's.
-
-    Args:
-        module: Linear, Conv1d or Conv2d; any stride, dilation, groups, padding (also "same", "valid") and
-            padding_mode.
-        input: what the module was called with: [..., d], [(N,) C, L] or [(N,) C, H, W].
-        pick: int64 [k], the rows wanted, in this order; all by default. Only these are gathered, so picking
-            1,000 of 100,000 patches costs 1,000 patches.
-
-    Returns:
-        [groups, rows, d], in the dtype of ``input``; d = Ci / groups * kernel positions.
-
-    Raises:
-        TypeError: a module of another type.
-
-    Cost: no arithmetic; rows * groups * d elements written.
-    """
-    if isinstance(module, nn.Linear):
-        rows = input.reshape(-1, input.shape[-1])
-        return (rows if pick is None else rows[pick])[None]
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        raise TypeError(f"layer_rows knows Linear, Conv1d and Conv2d, not {type(module).__name__}")
-    windows = _windows(module, input)  # [N, *out, C, *kernel], a view
-    axes = len(module.kernel_size)
-    positions = windows.shape[: 1 + axes]
-    if pick is None:
-        patches = windows.reshape(math.prod(positions), module.groups, -1)
-    else:
-        index: list[Tensor] = []
-        for size in reversed(positions):
-            index.insert(0, pick % size)
-            pick = pick // size
-        patches = windows[tuple(index)].reshape(len(pick), module.groups, -1)
-    return patches.transpose(0, 1)
-
-
-def count_rows(module: nn.Module, output: Tensor) -> int:
-    """How many rows :func:`layer_rows` has, read off the module's output."""
-    width = module.out_features if isinstance(module, nn.Linear) else cast(int, module.out_channels)
-    return output.numel() // width
+def moments_eigenpairs(moments: Moments, rank: int | None = None, seed: int = 0) -> Eigenpairs:
+    """Eigenpairs of what was collected, exact or sketched; cost as :meth:`GramAccumulator.eigenpairs`."""
+    if isinstance(moments, GramAccumulator):
+        return moments.eigenpairs(rank, seed)
+    return Eigenpairs(*moments.eigh(), moments.trace)
 
 
 def collect_grams(
@@ -323,7 +439,8 @@ def collect_grams(
     seed: int = 0,
     name: str = "batches",
     progress: bool = False,
-) -> dict[str, GramAccumulator]:
+    sketched: Mapping[str, int] | None = None,
+) -> dict[str, Moments]:
     """Second moments of the inputs of a model's layers, by hooks, in eval mode and without gradients.
 
     With ``max_patches``, a layer that sees more rows than that contributes a seeded uniform sample of them:
@@ -331,80 +448,84 @@ def collect_grams(
     limit, and nothing but the Gram matrices outlives a batch. The samples are counted by one more iteration
     over ``batches``, without running the model.
 
+    Of a batch that is a dict with "attention_mask" [N, T], positions where the mask is 0 are left out of every
+    Linear, Conv1D and attention whose input has leading axes [N, T]; see :func:`fastunlearn.slots.slot_rows`.
+
     Args:
         model: any module; its modes, hooks and the random state are put back, also on an exception.
         batches: re-iterable of (inputs, targets) or of dicts.
-        layers: names of layers; all of :func:`supported_layers` by default.
+        layers: names of layers or slots; all of :func:`fastunlearn.slots.supported_layers` by default.
         max_patches: rows kept per layer; None keeps all.
-        seed: of the sample of rows.
+        seed: of the sample of rows, and of sketches.
         name: of ``batches`` in error messages.
         progress: show a progress bar.
+        sketched: rank per slot for which a sketch of [d, rank] takes the place of the Gram matrix.
 
     Returns:
-        An accumulator per layer name; ``rows_seen`` is 0 for a layer that the forward pass never called
-        (``nn.MultiheadAttention`` uses the weight of its ``out_proj`` without calling it).
+        A :class:`GramAccumulator` (or sketch) per slot name; ``rows_seen`` is 0 for a layer that the forward pass
+        never called.
 
     Raises:
         TypeError: ``batches`` cannot be iterated twice.
         ValueError: no batch, a malformed batch, an unknown layer, ``max_patches`` < 1, or NaN or Inf in a
             layer's input (the layer is named).
 
-    Cost: one forward pass plus rows * d^2 multiply-adds per layer; d^2 elements held per layer.
-    Source: arXiv 2312.00761.
+    Cost: one forward pass plus rows * d^2 multiply-adds in float64 per slot (attention is computed twice); d^2
+    elements held per slot, and with ``max_patches`` one batch's share of rows. torch's fused attention is switched
+    off meanwhile: it calls no hooks and packs padded batches. Source: arXiv 2312.00761.
     """
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"max_patches must be 1 or more, or None for no limit, got {max_patches}")
     chosen = choose_layers(model, layers)
     device = device_of(model)
-    grams = {key: _empty_gram(module) for key, module in chosen.items()}
-    names = {id(module): key for key, module in chosen.items()}
+    moments = {key: _empty(slot, (sketched or {}).get(key), seed) for key, slot in chosen.items()}
+    slots: dict[int, list[Slot]] = {}
+    for slot in chosen.values():
+        slots.setdefault(id(slot.module), []).append(slot)
     pending = {key: _Sample() for key in chosen}
     share: int | None = None
+    mask: Tensor | None = None
     generator = torch.Generator().manual_seed(seed)
 
     def on_call(call: Call) -> None:
-        key = names[id(call.module)]
-        dtype = _compute_dtype(cast(Tensor, call.module.weight))
-        try:
-            if share is None:
-                grams[key].add_(layer_rows(call.module, call.input).to(dtype))
-            else:
-                pending[key].add(call, share, dtype, generator)
-        except ValueError as error:
-            raise ValueError(f"layer {key}: {error}") from error
+        for slot in slots[id(call.module)]:
+            count, gather = slot_rows(slot, call, mask)
+            try:
+                found = moments[slot.name]
+                if share is None and isinstance(slot.module, nn.Conv2d) and isinstance(found, GramAccumulator):
+                    found.add_patches_(slot.module, call.input)
+                elif share is None:
+                    _add_blocks(moments[slot.name], gather, count, rows_dtype(slot), call.input.device)
+                else:
+                    pending[slot.name].add(count, gather, share, rows_dtype(slot), call.input.device, generator)
+            except ValueError as error:
+                raise ValueError(f"layer {slot.name}: {error}") from error
 
-    with preserved(model), torch.no_grad():
+    with preserved(model), _without_fused_attention(), torch.no_grad():
         model.eval()
         # The meta device carries shapes only: counting moves no data.
         total = seen = 0
         if max_patches is not None:
             total = sum(batch.size for batch in read(batches, name, torch.device("meta")))
-        with recording(chosen.values(), on_call):
+        with recording({id(s.module): s.module for s in chosen.values()}.values(), on_call):
             for batch in track(read(batches, name, device), name, progress):
                 if max_patches is not None:
                     before, seen = min(seen, total), seen + batch.size
                     share = max_patches * min(seen, total) // total - max_patches * before // total
+                mask = batch.kwargs.get("attention_mask")
+                mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
                 batch.outputs(model)
                 for key, sample in pending.items():
                     try:
-                        sample.flush(grams[key])
+                        sample.flush(moments[key])
                     except ValueError as error:
                         raise ValueError(f"layer {key}: {error}") from error
-    return grams
+    return moments
 
 
-def choose_layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The supported layers of these names, or all; raises ValueError naming an unknown one."""
-    known = supported_layers(model)
-    if layers is None:
-        return known
-    unknown = [name for name in layers if name not in known]
-    if unknown:
-        raise ValueError(
-            f"{', '.join(map(repr, unknown))} is not a Linear, Conv1d or Conv2d with a weight of its own; "
-            f"the model has {', '.join(map(repr, known)) or 'none'}"
-        )
-    return {name: known[name] for name in layers}
+def rows_dtype(slot: Slot) -> torch.dtype:
+    """In which dtype a slot's rows are kept: float64 for float64 weights, else float32."""
+    return torch.float64 if slot.parameter.dtype == torch.float64 else torch.float32
 
 
 class _Sample:
@@ -414,66 +535,69 @@ class _Sample:
         self.rows: Tensor | None = None  # [groups, k, d]
         self.seen = 0
 
-    def add(self, call: Call, share: int, dtype: torch.dtype, generator: torch.Generator) -> None:
-        new = count_rows(call.module, call.output)
+    def add(
+        self,
+        new: int,
+        gather: Gather,
+        share: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
         order = torch.randperm(self.seen + new, generator=generator)[:share]
         # Of a uniform draw from old and new rows, how many are old says how many of the kept ones stay:
         # they are themselves a uniform draw in random order, so the first ones will do.
         stay = int((order < self.seen).sum())
         fresh = order[order >= self.seen] - self.seen
-        rows = layer_rows(call.module, call.input, fresh.to(call.input.device)).to(dtype)
+        rows = gather(fresh.to(device)).to(dtype)
         self.rows = rows if self.rows is None else torch.cat([self.rows[:, :stay], rows], 1)
         if self.seen and stay:
             shuffled = torch.randperm(self.rows.shape[1], generator=generator).to(rows.device)
             self.rows = self.rows[:, shuffled]
         self.seen += new
 
-    def flush(self, gram: GramAccumulator) -> None:
+    def flush(self, moments: Moments) -> None:
         if self.rows is not None:
-            gram.add_(self.rows)
+            _add_rows(moments, self.rows)
         self.rows, self.seen = None, 0
 
 
-def _empty_gram(module: nn.Module) -> GramAccumulator:
-    weight = cast(Tensor, module.weight)
-    return GramAccumulator(weight[0].numel(), layer_groups(module), _compute_dtype(weight))
+def _add_blocks(moments: Moments, gather: Gather, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """All rows of a call, a block at a time."""
+    if count <= BLOCK:
+        _add_rows(moments, gather(None).to(dtype))
+        return
+    for start in range(0, count, BLOCK):
+        index = torch.arange(start, min(start + BLOCK, count), device=device)
+        _add_rows(moments, gather(index).to(dtype))
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+def _add_rows(moments: Moments, rows: Tensor) -> None:
+    if isinstance(moments, GramAccumulator):
+        moments.add_(rows)
+    elif rows.shape[1]:
+        _require_finite_members(rows, "rows")
+        moments.add_(rows.double())
 
 
-def _windows(module: nn.Conv1d | nn.Conv2d, input: Tensor) -> Tensor:
-    """Every patch as a view: [N, *out, C, *kernel], sharing the (padded) input's memory."""
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    axes = len(kernel)
-    if input.dim() == 1 + axes:  # unbatched
-        input = input[None]
-    if module.padding == "valid":
-        padding = [(0, 0)] * axes
-    elif module.padding == "same":
-        # torch puts the odd element of "same" padding at the end.
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        padding = [(t // 2, t - t // 2) for t in totals]
-    else:
-        padding = [(p, p) for p in cast(Iterable[int], module.padding)]
-    if any(side for pair in padding for side in pair):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        input = F.pad(input, [side for pair in reversed(padding) for side in pair], mode=mode)
-    out = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(input.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    steps: Any = input.stride()
-    return input.as_strided(
-        [input.shape[0], *out, input.shape[1], *kernel],
-        [
-            steps[0],
-            *(step * s for step, s in zip(steps[2:], stride, strict=True)),
-            steps[1],
-            *(step * d for step, d in zip(steps[2:], dilation, strict=True)),
-        ],
-    )
+def _empty(slot: Slot, rank: int | None, seed: int) -> Moments:
+    if rank is None:
+        return GramAccumulator(slot.dim, slot.groups)
+    return StreamingSketch(slot.dim, rank, groups=slot.groups, seed=seed)
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _gain(ratio: Tensor, alpha: float) -> Tensor:
+    return alpha * ratio / ((alpha - 1) * ratio + 1)
 
 
 def _require_alpha(alpha: float) -> None:

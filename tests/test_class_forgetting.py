@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastunlearn.methods.class_forgetting import ClassForgetting
+from fastunlearn import AlphaSearch, confusion_matrix, layer_change
+from fastunlearn.methods.class_forgetting import ClassForgetting, _updatable
+from fastunlearn.methods.subspace_report import AlphaPoint
 from fastunlearn.outcome import Outcome
-from fastunlearn.subspace import layer_rows, spectral_filter
+from fastunlearn.slots import layer_rows
+from fastunlearn.subspace import collect_grams, spectral_filter
 
 Pair = tuple[Tensor, Tensor]
 
@@ -197,17 +203,6 @@ def test_what_cannot_be_updated_is_left_alone_and_listed() -> None:
         assert name in ("a.weight", "b.weight") or torch.equal(value, before[name])
 
 
-def test_the_output_projection_of_attention_is_listed_not_emptied() -> None:
-    torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-    before = model.self_attn.out_proj.weight.clone()
-    x, y = torch.randn(6, 5, 8), torch.zeros(6)
-    outcome = ClassForgetting().unlearn(model, [(x[:3], y[:3])], [(x[3:], y[3:])])
-    assert set(outcome.details["untouched"]) == {"self_attn", "self_attn.out_proj"}
-    assert set(outcome.changed) == {"linear1.weight", "linear2.weight"}
-    assert torch.equal(model.self_attn.out_proj.weight, before)
-
-
 def test_inputs_that_are_all_zero_change_nothing() -> None:
     model = nn.Linear(4, 3)
     before = model.weight.clone()
@@ -320,3 +315,275 @@ def test_other_settings_are_checked() -> None:
         ClassForgetting(solver="svd")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_patches"):
         ClassForgetting(max_patches=0)
+
+
+def test_several_classes_are_forgotten_at_once(trained: nn.Module) -> None:
+    model, test = copy.deepcopy(trained), three_classes(seed=1)
+    x, y = three_classes()
+    forget, retain = y != 2, y == 2
+    ClassForgetting().unlearn(model, [(x[forget], y[forget])], [(x[retain], y[retain])])
+    assert accuracy(model, test, lambda y: y != 2) <= 0.02 and accuracy(model, test, lambda y: y == 2) >= 0.97
+
+
+def test_classes_are_forgotten_one_after_another(trained: nn.Module) -> None:
+    model, test = copy.deepcopy(trained), three_classes(seed=1)
+    x, y = three_classes()
+    left = y >= 0
+    for c in (0, 1):
+        left &= y != c  # what was forgotten before must not be protected
+        ClassForgetting().unlearn(model, [(x[y == c], y[y == c])], [(x[left], y[left])])
+        for gone in range(c + 1):
+            assert accuracy(model, test, lambda y, gone=gone: y == gone) <= 0.02
+    assert accuracy(model, test, lambda y: y == 2) >= 0.97
+    assert confusion_matrix(model, [test]).where(0)[2] >= 98
+
+
+def test_a_streaming_loader_without_a_length_gives_the_same_update(trained: nn.Module) -> None:
+    class Stream:
+        def __init__(self, batches: list[Pair]) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Iterator[Pair]:
+            yield from self.batches
+
+    forget, retain = split(three_classes())
+    one, other = copy.deepcopy(trained), copy.deepcopy(trained)
+    ClassForgetting(max_patches=300).unlearn(one, forget, retain)
+    ClassForgetting(max_patches=300).unlearn(other, Stream(forget), Stream(retain))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_how_each_layer_was_solved_and_why_is_said(trained: nn.Module) -> None:
+    forget, retain = split(three_classes(24))  # 8 and 16 samples: the Linear layers have 32 columns
+    outcome = ClassForgetting().unlearn(copy.deepcopy(trained), forget, retain)
+    solvers = outcome.details["solver"]
+    assert list(solvers) == ["0", "4", "7", "9"]
+    assert solvers["0"][0] == "cholesky" and "condition 100 at most" in solvers["0"][1]
+    assert solvers["7"][0] == "rows" and "16 rows are fewer than 32 columns" in solvers["7"][1]
+    forget, retain = split(three_classes(54))  # 18 and 36
+    solver, reason = ClassForgetting().unlearn(copy.deepcopy(trained), forget, retain).details["solver"]["7"]
+    assert solver == "cholesky for retain, rows for forget" and "18 rows are fewer" in reason
+    outcome = ClassForgetting(solver="eigh").unlearn(copy.deepcopy(trained), forget, retain)
+    assert set(outcome.details["solver"].values()) == {("eigh", "asked for")}
+
+
+@pytest.mark.parametrize("max_patches", [1, 20, 100, None])
+@pytest.mark.parametrize("samples", [6, 60, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_holds_no_more_than_its_plan_says(
+    trained: nn.Module, max_patches: int | None, samples: int, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(trained).to(dtype)
+    forget, retain = ([(x.to(dtype), y) for x, y in part] for part in split(three_classes(samples), size=7))
+    method = ClassForgetting(max_patches=max_patches)
+    plan = method.plan(model, forget, retain)
+    found = [collect_grams(model, batches, None, max_patches) for batches in (forget, retain)]
+    assert [layer.name for layer in plan.layers] == ["0", "4", "7", "9"]
+    for layer in plan.layers:
+        for grams in found:
+            gram = grams[layer.name]
+            tensors = gram._rows if gram._gram is None else [gram._gram]
+            assert 2 * sum(t.numel() * t.element_size() for t in tensors) <= layer.held
+            assert gram.elements <= layer.groups * min(gram.rows_seen, layer.dim) * layer.dim
+    assert plan.total == plan.held + plan.sample + plan.workspace + plan.weights
+    if max_patches is None:
+        assert plan.sample == 0 and plan.held == 2 * 8 * (9 * 9 + 2 * 36 * 36 + 2 * 32 * 32)
+
+
+def test_the_plan_states_the_sample_of_the_largest_batch() -> None:
+    model = nn.Linear(30, 4)
+    batches = [(torch.randn(n, 30), torch.zeros(n)) for n in (3, 5, 2)]
+    plan = ClassForgetting(max_patches=7).plan(model, batches, batches)
+    assert plan.sample == 4 * 30 * 4  # ceil(7 * 5 / 10) rows of 30 float32
+    assert plan.held == 2 * 7 * 30 * 4 and plan.weights == 4 * 30 * 4
+    assert "rows or cholesky: 7 rows at most" in str(plan) and "at most" in str(plan).splitlines()[-1]
+
+
+def test_a_plan_says_what_is_left_alone_and_takes_the_small_layers_first() -> None:
+    model = Shared()
+    data = [(torch.zeros(2, 4), torch.zeros(2))]
+    plan = ClassForgetting().plan(model, data, data)
+    assert "embedding (Embedding)" in plan.untouched["head"] and "left alone" in str(plan)
+    wide = nn.Sequential(nn.Linear(2000, 40), nn.ReLU(), nn.Linear(40, 3))
+    plan = ClassForgetting(memory_limit=1_000_000, max_patches=None).plan(wide, data, data)
+    assert [(layer.name, layer.solver) for layer in plan.layers] == [("0", "sketch"), ("2", "cholesky")]
+    assert plan.limit == 1_000_000 and plan.layers[0].held < 2 * 8 * 2000**2
+    assert "the limit is 1.0 MB" in str(plan) and plan.layers[0].ranks == (400, 64)
+    plan = ClassForgetting(memory_limit=0, max_patches=None, rank=5000).plan(wide, data, data)
+    assert {layer.solver for layer in plan.layers} == {"cholesky"}  # a sketch would hold no less
+
+
+def test_no_product_of_columns_by_columns_is_formed_for_few_rows() -> None:
+    """40,000 columns would take 12.8 GB a matrix."""
+    model = nn.Linear(40_000, 2)
+    x = torch.randn(6, 40_000)
+    before = model.weight.detach().clone()
+    method = ClassForgetting(max_patches=100)
+    assert method.plan(model, [(x[:2], torch.zeros(2))], [(x[2:], torch.zeros(4))]).total < 1e9
+    method.unlearn(model, [(x[:2], torch.zeros(2))], [(x[2:], torch.zeros(4))])
+    assert (model(x[:2]) - before @ x[:2].mT).norm() > 0 and not torch.equal(model.weight, before)
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("samples", [24, 300])
+def test_every_device_gives_the_same_update_search_and_spectrum(trained: nn.Module, samples: int, device: str) -> None:
+    here, there = copy.deepcopy(trained).double(), copy.deepcopy(trained).double().to(device)
+    forget, retain = ([(x.double(), y) for x, y in part] for part in split(three_classes(samples)))
+    method = ClassForgetting(max_patches=500)
+    grids = [method.search(model, forget, retain, **GRID) for model in (here, there)]
+    for one, other in zip(*(grid.points for grid in grids), strict=True):
+        assert one.accuracy == other.accuracy and one.change == pytest.approx(other.change, rel=1e-9)
+    spectra = [method.spectrum(model, forget, retain) for model in (here, there)]
+    for a, b in zip(*(spectrum.layers for spectrum in spectra), strict=True):
+        assert torch.allclose(a.retain, b.retain, rtol=0, atol=1e-11)
+    assert (
+        str(method.plan(here, forget, retain)).splitlines()[0]
+        == str(method.plan(there, forget, retain)).splitlines()[0]
+    )
+    for model in (here, there):
+        method.unlearn(model, forget, retain)
+    for p, q in zip(here.parameters(), there.parameters(), strict=True):
+        assert torch.allclose(p, q.cpu(), rtol=0, atol=1e-10)
+    assert torch.equal(*(confusion_matrix(model, [*forget, *retain]).counts for model in (here, there)))
+
+
+GRID = {"alphas_retain": (0.25, 100.0, 1000.0), "alphas_forget": (0.25, 3.0, 30.0)}
+
+
+@pytest.mark.parametrize("samples", [24, 300])
+def test_every_point_of_a_search_is_the_run_with_its_alphas(trained: nn.Module, samples: int) -> None:
+    model = copy.deepcopy(trained).double()
+    forget, retain = ([(x.double(), y) for x, y in part] for part in split(three_classes(samples)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[list[Tensor]] = []
+
+    def score(measured: nn.Module) -> dict[str, float]:
+        seen.append([p.detach().clone() for p in measured.parameters()])
+        return {"forget": 0.0, "retain": 0.0}
+
+    search = ClassForgetting().search(model, forget, retain, **GRID, score=score)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [(p.alpha_retain, p.alpha_forget) for p in search.points] == [
+        (r, f) for r in GRID["alphas_retain"] for f in GRID["alphas_forget"]
+    ]
+    for point, found in zip(search.points, seen[1:], strict=True):
+        other = copy.deepcopy(model)
+        outcome = ClassForgetting(point.alpha_retain, point.alpha_forget).unlearn(other, forget, retain)
+        for a, b in zip(found, other.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-11)
+        names = outcome.details["relative_change"]
+        norms = {name: float(model.get_submodule(name).weight.detach().norm()) for name in names}
+        total = math.sqrt(sum((change * norms[name]) ** 2 for name, change in names.items()))
+        assert point.change == pytest.approx(total / math.sqrt(sum(n**2 for n in norms.values())), rel=1e-9)
+
+
+def test_a_search_decomposes_each_layer_and_set_once(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    plain = torch.linalg.eigh
+
+    def counted(matrix: Tensor) -> Any:
+        calls.append(tuple(matrix.shape))
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    forget, retain = split(three_classes())
+    ClassForgetting().search(copy.deepcopy(trained), forget, retain, **GRID)
+    assert len(calls) == 2 * 4
+
+
+def test_a_search_finds_alphas_that_forget_on_held_back_samples(trained: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(trained)
+    forget, retain = split(three_classes())
+    held = split(three_classes(seed=3))
+    method = ClassForgetting()
+    search = method.search(
+        model, forget, retain, forget_measured=held[0], retain_measured=held[1], test=[three_classes(seed=1)]
+    )
+    assert len(search.points) == 36 and set(search.original) == {"forget", "retain", "test"}
+    best = search.best()
+    assert best.accuracy["forget"] <= 1 and best.accuracy["retain"] >= 97 and best.change > 0
+    replace(method, alpha_retain=best.alpha_retain, alpha_forget=best.alpha_forget).unlearn(model, forget, retain)
+    assert accuracy(model, three_classes(seed=1), lambda y: y == 0) <= 0.02
+    assert str(search).count(" *") == 1 and "original" in str(search)
+    assert len(search.as_dict()["points"]) == 36
+    search.picture(tmp_path / "grid.svg")
+    assert "alpha retain" in (tmp_path / "grid.svg").read_text()
+
+
+def test_best_is_the_most_retained_among_those_that_forget_and_of_equals_the_smallest_change() -> None:
+    def point(alpha: float, forget: float, retain: float, change: float) -> AlphaPoint:
+        return AlphaPoint(alpha, 1.0, {"forget": forget, "retain": retain}, change)
+
+    points = [point(1, 5, 99, 0.1), point(2, 1, 90, 0.5), point(3, 0, 90, 0.2), point(4, 0, 80, 0.1)]
+    search = AlphaSearch({"forget": 100.0, "retain": 99.0}, points, 0.1)
+    assert search.best().alpha_retain == 3 and search.best(max_forget=5).alpha_retain == 1
+    with pytest.raises(ValueError, match=r"lowest is 0\.00 %"):
+        search.best(max_forget=-1)
+
+
+def test_a_search_that_cannot_start_or_measure_is_refused(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained)
+    forget, retain = split(three_classes())
+    method = ClassForgetting()
+    with pytest.raises(ValueError, match="at least one alpha"):
+        method.search(model, forget, retain, alphas_retain=())
+    with pytest.raises(ValueError, match="alphas_forget must be"):
+        method.search(model, forget, retain, alphas_forget=(1.0, -1.0))
+    with pytest.raises(ValueError, match="'forget' and 'retain'"):
+        method.search(model, forget, retain, score=lambda model: {"test": 1.0})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_spectra_hold_all_energy_and_their_pictures_the_filters(trained: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(trained)
+    forget, retain = split(three_classes())
+    spectrum = ClassForgetting().spectrum(model, forget, retain)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert [(layer.name, layer.dim, len(layer.retain)) for layer in spectrum.layers] == [
+        ("0", 9, 1), ("4", 36, 2), ("7", 32, 1), ("9", 32, 1),
+    ]  # fmt: skip
+    grams = collect_grams(model, retain, None, 10_000)
+    for layer in spectrum.layers:
+        for which in ("retain", "forget"):
+            ratios = getattr(layer, which)
+            assert torch.allclose(ratios.sum(-1), torch.ones(()).double()) and (ratios.diff() <= 0).all()
+            assert layer.energy(which, layer.dim) == pytest.approx(1)
+            k = layer.directions(which, 0.9)
+            assert float(ratios[:, :k].sum(-1).min()) >= 0.9 - 1e-9 > float(ratios[:, : k - 1].sum(-1).min())
+            assert 1 <= layer.effective_rank(which) <= layer.dim
+        values = torch.linalg.eigvalsh(grams[layer.name].gram).flip(-1)
+        assert torch.allclose(layer.retain, values / values.sum(-1, keepdim=True), rtol=0, atol=1e-12)
+    table = str(spectrum).splitlines()
+    assert len(table) == 2 + 2 * 4 and table[1].startswith("0      retain       9    10,000")
+    spectrum.picture(tmp_path / "spectrum.svg")
+    drawn = (tmp_path / "spectrum.svg").read_text()
+    assert "filter, alpha 100" in drawn and "4 (d = 36)" in drawn
+
+
+def test_layer_change_is_a_table_and_a_picture_of_where_the_weights_moved(trained: nn.Module, tmp_path: Path) -> None:
+    outcome = ClassForgetting().unlearn(copy.deepcopy(trained), *split(three_classes()))
+    change = layer_change(outcome)
+    assert dict(change.layers) == outcome.details["relative_change"]
+    lines = str(change).splitlines()
+    largest = max(range(4), key=lambda i: change.layers[i][1])
+    assert len(lines) == 5 and lines[1 + largest].count("█") == 20
+    change.picture(tmp_path / "change.svg")
+    assert "norm of the update" in (tmp_path / "change.svg").read_text()
+    with pytest.raises(ValueError, match="DeepClean has no relative change"):
+        layer_change(Outcome("DeepClean", {}))
+
+
+def test_the_shares_of_one_weight_are_told_apart_by_its_uses() -> None:
+    uses, untouched = _updatable(Shared(), None)
+    assert [[slot.name for slot in group] for group in uses] == [["a", "b"], ["unused"]]
+    assert set(untouched) == {"head", "computed"}
+
+
+def test_low_rank_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="rank must be 1 or more"):
+        ClassForgetting(rank=0)
+    with pytest.raises(ValueError, match="memory_limit counts bytes"):
+        ClassForgetting(memory_limit=-1)

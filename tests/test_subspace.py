@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn import reference
+from fastunlearn.slots import choose_layers, layer_rows, supported_layers
 from fastunlearn.subspace import (
     GramAccumulator,
-    choose_layers,
     collect_grams,
     filter_weight,
     filter_weight_by_eigh,
     filter_weight_by_rows,
-    layer_rows,
     spectral_filter,
-    supported_layers,
 )
 
 ALPHAS = [0.25, 1.0, 3.0, 100.0, 1000.0]
@@ -246,7 +244,8 @@ def test_merging_leaves_the_other_accumulator_as_it_was() -> None:
 
 def test_fewer_rows_than_columns_never_form_a_square_of_columns() -> None:
     gram = GramAccumulator(100_000).add_(torch.randn(3, 100_000))  # its square would take 80 GB
-    assert gram.filter(torch.randn(1, 2, 100_000), 3.0).shape == (1, 2, 100_000)
+    assert (gram + gram).filter(torch.randn(1, 2, 100_000), 3.0).shape == (1, 2, 100_000)
+    assert gram.eigenpairs().vectors.shape == (1, 100_000, 3)
 
 
 def test_float64_master_does_not_drift_over_a_long_stream() -> None:
@@ -254,7 +253,7 @@ def test_float64_master_does_not_drift_over_a_long_stream() -> None:
     gram = GramAccumulator(1)
     for _ in range(3000):
         gram.add_(part)
-    assert abs(float(gram.gram) / (3000 * float((part * part).double())) - 1) < 1e-12
+    assert abs(float(gram.gram) / (3000 * float(part.double().square())) - 1) < 1e-12
 
 
 def test_rows_that_are_bad_leave_the_sums_as_they_were() -> None:
@@ -450,6 +449,30 @@ def test_supported_layers_leave_out_weights_that_are_computed() -> None:
 def test_a_transformer_layer_in_eval_mode_is_seen_in_spite_of_its_fast_path() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     grams = collect_grams(layer, [(torch.randn(3, 5, 8), torch.zeros(3))])
-    assert {name: gram.rows_seen for name, gram in grams.items()} == {
-        "self_attn.out_proj": 0, "linear1": 15, "linear2": 15,
-    }  # fmt: skip
+    assert {name: gram.rows_seen for name, gram in grams.items()} == dict.fromkeys(
+        ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out_proj", "linear1", "linear2"], 15
+    )
+
+
+@pytest.mark.parametrize("options", [options for kind, options in CONVS if kind is nn.Conv2d], ids=str)
+def test_patches_added_without_unfolding_give_the_gram_of_their_rows(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 8, **{"kernel_size": 3, **options})
+    dim = conv.weight[0].numel()
+    direct, unfolded = GramAccumulator(dim, conv.groups), GramAccumulator(dim, conv.groups)
+    for x in (torch.randn(4, 9, 7), torch.randn(3, 4, 9, 7), torch.randn(2, 9, 7, 4).permute(0, 3, 1, 2)):
+        direct.add_patches_(conv, x)
+        unfolded.add_(layer_rows(conv, x))
+        assert direct.rows_seen == unfolded.rows_seen
+    assert torch.allclose(direct.gram, unfolded.gram, rtol=1e-13, atol=1e-13)
+
+
+def test_patches_fewer_than_columns_are_kept_and_bad_ones_leave_the_sums_as_they_were() -> None:
+    conv = nn.Conv2d(4, 8, 3)
+    gram = GramAccumulator(36).add_patches_(conv, torch.randn(4, 5, 5))
+    assert gram.rows_seen == 9 and gram.elements == 9 * 36
+    gram.add_patches_(conv, torch.randn(8, 4, 5, 5))
+    before = gram.gram.clone()
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        gram.add_patches_(conv, torch.full((1, 4, 5, 5), torch.inf))
+    assert torch.equal(gram.gram, before) and gram.rows_seen == 81

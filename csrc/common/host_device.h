@@ -9,6 +9,8 @@
 
 #ifdef __CUDA_ARCH__
 #define FASTUNLEARN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define FASTUNLEARN_UNROLL  // nvcc's host half knows neither spelling
 #else
 #define FASTUNLEARN_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -190,13 +190,13 @@ class Sweep:
         _save(figure, path)
 
 
-def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(columns: int, size: tuple[float, float], lines: int = 1) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install fastunlearn[report]") from error
     figure = Figure(figsize=size, layout="constrained")
-    return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    return figure, [figure.add_subplot(lines, columns, i + 1) for i in range(lines * columns)]
 
 
 def _save(figure: Any, path: str | Path) -> None:
