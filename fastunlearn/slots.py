@@ -174,8 +174,9 @@ def slot_rows(slot: Slot, call: Call, mask: Tensor | None = None) -> tuple[int, 
 
     Rows of a Linear, Conv1D or attention at positions where ``mask`` [N, T] is 0 are left out, provided that the
     input's leading axes are [N, T] (attention: also [T, N] without ``batch_first``). A flattened input is not
-    recognised, and a decoder whose text is as long as the encoder's is taken to have its mask. Attention further leaves out what its ``key_padding_mask`` hides: keys and values, and in
-    self-attention (``query is key``) the queries and outputs of the same positions.
+    recognised, and a decoder whose text is as long as the encoder's is taken to have its mask. Attention further
+    leaves out what its ``key_padding_mask`` hides: keys and values, and in self-attention (``query is key``) the
+    queries and outputs of the same positions.
 
     Cost: none for most; for the output projection of attention, which gets no call of its own, attention over again.
     """
