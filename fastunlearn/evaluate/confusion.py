@@ -65,6 +65,9 @@ class Confusion:
         for axis, (title, confusion) in zip(axes, shown, strict=True):
             assert confusion is not None
             image = axis.imshow(100 * confusion.rows.numpy(), cmap="Blues", vmin=0, vmax=100)
+            every = range(0, len(confusion.counts), max(1, len(confusion.counts) // 20))
+            axis.set_xticks(every)
+            axis.set_yticks(every)
             axis.set_xlabel("predicted class")
             axis.set_ylabel("true class")
             axis.set_title(f"{title} {confusion.accuracy:.1f} % right".strip(), fontsize=10)

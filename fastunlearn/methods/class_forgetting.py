@@ -194,7 +194,7 @@ class ClassForgetting:
 
         Cost: a forward pass over both sets; per layer two eigendecompositions (about 18 d^3, or n^3 for n < d) and
         p d^2 + d^3 once, p d^2 per alpha_retain and per point; an evaluation per point. Held: 3 d^2 + 4 p d numbers in
-        float64 per layer. No filter is formed. Source: arXiv 2312.00761, appendix.
+        float64 per layer. No filter is formed. Source: arXiv 2312.00761.
         """
         _require_alphas("alphas_retain", alphas_retain)
         _require_alphas("alphas_forget", alphas_forget)

@@ -179,6 +179,7 @@ class Spectrum:
                     order, gain.clamp(min=floor).numpy(), color=color, linestyle=":", label=f"filter, alpha {alpha:g}"
                 )
             axis.set_ylim(1e-9, 2)
+            axis.set_xlabel("direction", fontsize=8)
             axis.set_title(f"{layer.name} (d = {layer.dim})", fontsize=9)
         for axis in axes[len(self.layers) :]:
             axis.set_axis_off()
