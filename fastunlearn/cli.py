@@ -76,10 +76,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     problem = _cuda_problem()
     print(f"  GPU      {problem or torch.cuda.get_device_name()}")
     print("operators")
+    width = max(map(len, _operators())) - len("fastunlearn::")
     for name in _operators():
         backends = [key for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
         used = "CUDA and CPU tensors" if not problem and "CUDA" in backends else "CPU tensors"
-        print(f"  {name.split('::')[1]:18} built for {' and '.join(backends):12} usable here on {used}")
+        print(f"  {name.split('::')[1]:{width}} built for {' and '.join(backends):12} usable here on {used}")
     return 0
 
 
