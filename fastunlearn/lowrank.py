@@ -144,7 +144,7 @@ def batched_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(flat).flatten(1).all(1)
     eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
     flat = torch.where(finite[:, None, None], flat, eye)
-    scale = _power_of_two(flat.abs().amax((1, 2)))
+    scale = power_of_two(flat.abs().amax((1, 2)))
     members = list((flat / scale[:, None, None]).contiguous())
     vectors = _jacobi_vectors(members, eye)
     # Once more in the basis found: the matrix is nearly diagonal there, and what many rotations rounded is repaired.
@@ -388,7 +388,7 @@ def _within_range(matrices: list[Tensor]) -> tuple[list[Tensor], list[float], li
         if matrix.numel() and not 2.0**-60 < energy < 2.0**60:
             top = matrix.abs().amax().double()
             if bool(torch.isfinite(top)):
-                scales[i] = float(_power_of_two(top))
+                scales[i] = float(power_of_two(top))
     scaled = [
         # In float64: the reciprocal of a tiny scale may not be a float32 number.
         m if scale == 1 else (m.double() / scale).to(m.dtype)
@@ -464,7 +464,7 @@ def _gathered(
     return RSVD(u, s, vh, ranks.reshape(lead), energy.reshape(lead))
 
 
-def _power_of_two(top: Tensor) -> Tensor:
-    """The power of two at or below ``top``; 1 for zero."""
+def power_of_two(top: Tensor) -> Tensor:
+    """The power of two at or below ``top`` (1 for zero): dividing by it rounds nothing."""
     safe = torch.where(top > 0, top, torch.ones_like(top))
     return torch.ldexp(torch.ones_like(safe), torch.frexp(safe).exponent - 1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastunlearn import ops
 from fastunlearn.data import Batches, read
 from fastunlearn.hooks import Call, device_of, preserved, recording
-from fastunlearn.lowrank import StreamingSketch, batched_rsvd
+from fastunlearn.lowrank import StreamingSketch, batched_rsvd, power_of_two
 from fastunlearn.outcome import track
 from fastunlearn.slots import Gather, Slot, choose_layers, layer_rows, padded_input, slot_rows
 
@@ -167,7 +167,7 @@ def filter_weight_by_rows(weight: Tensor, rows: Tensor, alpha: float) -> Tensor:
         return torch.zeros_like(weight)
     # Scale to a largest entry of 1 and then to norm 1: |A|_F^2 may overflow where A does not.
     rows = rows.double()
-    rows = rows / _power_of_two(rows.abs().amax((-2, -1), keepdim=True))
+    rows = rows / power_of_two(rows.abs().amax((-2, -1), keepdim=True))
     rows = rows / _nonzero(torch.linalg.matrix_norm(rows)[..., None, None])
     factor = _factor(rows @ rows.mT, alpha)
     filtered = alpha * torch.cholesky_solve((weight.double() @ rows.mT).mT, factor).mT @ rows
@@ -378,7 +378,7 @@ class GramAccumulator:
         # Exact scaling to a largest entry of 1 keeps the squares of the rows within float64.
         largest = source.abs().amax((-2, -1), keepdim=True) if source.numel() else source.new_zeros(self.groups, 1, 1)
         _require_finite_members(source, "rows" if thin else "gram")
-        unit = _power_of_two(largest)
+        unit = power_of_two(largest)
         source = source / unit
         trace = source.square().sum((-2, -1)) if thin else source.diagonal(dim1=-2, dim2=-1).sum(-1)
         if rank is not None and rank < min(source.shape[-2:]):
@@ -630,11 +630,6 @@ def _nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def _power_of_two(scale: Tensor) -> Tensor:
-    """The power of two at or below ``scale`` (1 for 0): dividing by it rounds nothing."""
-    return torch.ldexp(torch.ones_like(scale), torch.frexp(_nonzero(scale)).exponent - 1)
-
-
 def _unit_trace(gram: Tensor) -> Tensor:
     """gram / trace in float64, zero where gram is zero; checks what can be checked without factorising."""
     if gram.dtype not in (torch.float32, torch.float64):
@@ -646,7 +641,7 @@ def _unit_trace(gram: Tensor) -> Tensor:
     _require_finite_members(gram, "gram")
     # Scale to a largest entry of 1 before the trace, which may overflow or vanish where no entry does.
     gram = gram.double()
-    scaled = gram / _power_of_two(gram.abs().amax((-2, -1), keepdim=True))
+    scaled = gram / power_of_two(gram.abs().amax((-2, -1), keepdim=True))
     trace = scaled.diagonal(dim1=-2, dim2=-1).sum(-1)
     bad = (trace <= 0) & (scaled != 0).flatten(-2).any(-1)
     if bool(bad.any()):
