@@ -23,12 +23,17 @@ def device() -> str:
 
 @pytest.fixture
 def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
-    """versus(ours, rounds=…, moved=bytes, peer=function, …): all in turn, ours through pytest-benchmark as well."""
+    """versus(ours, rounds=…, moved=bytes, peer=function, …): all in turn, ours through pytest-benchmark as well.
 
-    def run(ours: Callable[[], Any], rounds: int = 7, moved: int = 0, **peers: Callable[[], Any]) -> None:
+    ``warm_up=False`` spares a peer that takes minutes its run beforehand.
+    """
+
+    def run(
+        ours: Callable[[], Any], rounds: int = 7, moved: int = 0, warm_up: bool = True, **peers: Callable[[], Any]
+    ) -> None:
         functions = {"ours": ours, **peers}
         times: dict[str, list[float]] = {name: [] for name in functions}
-        for function in functions.values():
+        for function in functions.values() if warm_up else [ours]:
             _timed(function)
         for _ in range(rounds):
             for name, function in functions.items():

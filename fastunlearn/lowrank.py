@@ -30,7 +30,8 @@ class RSVD(NamedTuple):
             magnitude is positive (the first of them): the sign is the matrix's, not the random numbers'.
         rank: int64 [...]: singular values above rounding, k at most; -1 for a matrix that is not finite (its factors
             are NaN).
-        energy: [...], float64: sum(S**2) / |matrix|_F^2, the share of the energy that the factors hold; 1 for zero.
+        energy: [...], float64: sum(S**2) / |matrix|_F^2, the share of the energy that the factors hold, right to the
+            rounding of the matrix's dtype; 1 for zero.
     """
 
     U: Tensor | list[Tensor]
@@ -93,15 +94,15 @@ def batched_rsvd(
     # Columns wanted: the rank, or as many as have been tried; None once a member is done.
     wanted = {i: min(_START if rank is None else rank, *m.shape) for i, m in enumerate(work)}
     while wanted:
-        groups: dict[tuple[int, bool], list[int]] = {}
+        groups: dict[tuple[int, int, bool], list[int]] = {}
         for i, k in wanted.items():
             side = min(work[i].shape)
             width = min(k + oversample, side)
-            groups.setdefault((width, width == side), []).append(i)
-        for (width, complete), group in groups.items():
+            groups.setdefault((width, k if energy is None else width, width == side), []).append(i)
+        for (width, keep, complete), group in groups.items():
             # A sketch as wide as the matrix has its whole range: power iterations would change nothing.
             steps = 0 if complete else power_iterations
-            for i, factors in zip(group, _factor([work[i] for i in group], width, steps, seed), strict=True):
+            for i, factors in zip(group, _factor([work[i] for i in group], width, keep, steps, seed), strict=True):
                 found[i] = factors
                 k = wanted.pop(i)
                 if energy is not None:
@@ -213,13 +214,7 @@ class StreamingSketch:
         The sketch moves to the device of the first rows. Raises TypeError for another dtype, ValueError for another
         shape or NaN or Inf in ``rows``; the sketch is then as before.
         """
-        if rows.dim() == 2:
-            rows = rows[None]
-        if rows.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"rows must be float32 or float64, got {rows.dtype}; convert with .float()")
-        if rows.dim() != 3 or rows.shape[0] != self.groups or rows.shape[2] != self.dim:
-            raise ValueError(f"rows must be [{self.groups}, n, {self.dim}], got {list(rows.shape)}")
-        rows = rows.detach().to(self.dtype)
+        rows = grouped_rows(rows, self.groups, self.dim).detach().to(self.dtype)
         energy = torch.linalg.vector_norm(rows.double(), dim=(1, 2)).square()
         if not bool(torch.isfinite(energy).all()):
             raise ValueError("rows hold NaN or Inf")
@@ -261,6 +256,17 @@ class StreamingSketch:
         return values, vectors[..., : self.rank] * (values > 0)[:, None, :]
 
 
+def grouped_rows(rows: Tensor, groups: int, dim: int) -> Tensor:
+    """Rows as [groups, n, dim], from [n, dim] where there is one group; raises TypeError, ValueError otherwise."""
+    if rows.dim() == 2:
+        rows = rows[None]
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"rows must be float32 or float64, got {rows.dtype}; convert with .float()")
+    if rows.dim() != 3 or rows.shape[0] != groups or rows.shape[2] != dim:
+        raise ValueError(f"rows must be [{groups}, n, {dim}], got {list(rows.shape)}")
+    return rows
+
+
 class _Factors(NamedTuple):
     """Of one matrix: u [m, l], s [l] in float64, v [n, l], the numerical rank (-1: not finite)."""
 
@@ -273,37 +279,44 @@ class _Factors(NamedTuple):
         return _Factors(self.u[:, :k], self.s[:k], self.v[:, :k], min(self.rank, k))
 
 
-def _factor(matrices: list[Tensor], width: int, power_iterations: int, seed: int) -> list[_Factors]:
-    """Algorithms 4.4 and 5.1: the range by power iterations, then the SVD of what the range holds of the matrix."""
+def _factor(matrices: list[Tensor], width: int, keep: int, power_iterations: int, seed: int) -> list[_Factors]:
+    """Algorithms 4.4 and 5.1: the range by power iterations, then the leading ``keep`` of the SVD of what it holds."""
     if width == 0:
         return [_Factors(a[:, :0], a.new_zeros(0).double(), a.new_zeros(a.shape[1], 0), 0) for a in matrices]
-    y = [a.new_empty(a.shape[0], width) for a in matrices]
+    # Two panels on either side, written in turn: fresh memory for each product would cost as much as the product.
+    y, y_spare = ([a.new_empty(a.shape[0], width) for a in matrices] for _ in range(2))
+    z, z_spare = ([a.new_empty(a.shape[1], width) for a in matrices] for _ in range(2))
     ops.sketch_(y, matrices, [seed] * len(matrices))
     for _ in range(power_iterations):
-        y, _, _ = _orthonormal(y, polish=False)
-        z, _, _ = _orthonormal(_products(matrices, y, transpose=True), polish=False)
-        y = _products(matrices, z)
-    q, _, finite = _orthonormal(y, polish=True)
-    p, r, also = _orthonormal(_products(matrices, q, transpose=True), polish=True)
+        y, y_spare, _, _ = _orthonormal(y, y_spare, polish=False)
+        ops.grouped_mm_(z, matrices, y, transpose=True)
+        z, z_spare, _, _ = _orthonormal(z, z_spare, polish=False)
+        ops.grouped_mm_(y, matrices, z)
+    q, _, _, finite = _orthonormal(y, y_spare, polish=True)
+    ops.grouped_mm_(z, matrices, q, transpose=True)
+    p, _, r, also = _orthonormal(z, z_spare, polish=True)
     # A ~ Q Q^T A = Q R^T P^T. With R = rotation^T rows and rows = diag(s) W: U = Q W^T, V = P rotation^T.
     rotation = torch.empty_like(r)
     _require_converged(ops.orthogonal_rows_(r, rotation))
     s, order = torch.linalg.vector_norm(r, dim=-1).sort(dim=-1, descending=True, stable=True)
     # What is left of a product in this dtype: singular values below it are rounding.
     unit = torch.finfo(matrices[0].dtype).eps / 2
-    keep = (s > width * unit * s[:, :1]) & finite[:, None] & also[:, None]
-    s = s.where(keep, 0)
+    real = (s > width * unit * s[:, :1]) & finite[:, None] & also[:, None]
+    s = s.where(real, 0)
     turn = order[..., None].expand_as(r)
-    left = (r.gather(1, turn) / s.where(keep, 1)[..., None]).where(keep[..., None], 0).mT
-    right = rotation.gather(1, turn).where(keep[..., None], 0).mT
+    left = (r.gather(1, turn) / s.where(real, 1)[..., None]).where(real[..., None], 0)[:, :keep].mT
+    right = rotation.gather(1, turn).where(real[..., None], 0)[:, :keep].mT
     u = _products(q, [x.to(q[0].dtype) for x in _polished(list(left.contiguous()))])
     v = _products(p, [x.to(p[0].dtype) for x in _polished(list(right.contiguous()))])
-    ranks = torch.where(finite & also, keep.sum(-1), -1).tolist()
+    ranks = torch.where(finite & also, real.sum(-1), -1).tolist()
     return [_Factors(*parts) for parts in zip(u, s, v, ranks, strict=True)]
 
 
-def _orthonormal(panels: list[Tensor], polish: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-    """CholeskyQR: panel = Q R, dependent columns zero. Returns (Q, R [B, l, l] in float64, finite [B]).
+def _orthonormal(
+    panels: list[Tensor], spare: list[Tensor], polish: bool
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """CholeskyQR: panel = Q R, dependent columns zero. Returns (Q, the other of ``panels`` and ``spare``,
+    R [B, l, l] in float64, finite [B]); both lists are written to.
 
     The l x l Gram matrices are summed in float64: of float32 panels they hold condition numbers up to 1e7, all that
     float32 can. Float64 panels are shifted first (Fukaya et al.). One pass makes the columns well-conditioned, which is
@@ -322,10 +335,11 @@ def _orthonormal(panels: list[Tensor], polish: bool) -> tuple[list[Tensor], Tens
             diagonal += 8 * width * wide * diagonal.sum(-1, keepdim=True)
         inverse, ranks = ops.cholesky_inverse_(r, tolerance)
         finite &= ranks >= 0
-        panels = _products(panels, list(inverse.to(dtype)))
+        ops.grouped_mm_(spare, panels, list(inverse.to(dtype)))
+        panels, spare = spare, panels
         total = r if total is None else torch.stack(_products(list(r), list(total)))
     assert total is not None
-    return panels, total, finite
+    return panels, spare, total, finite
 
 
 def _jacobi_vectors(matrices: list[Tensor], eye: Tensor) -> list[Tensor]:
@@ -398,10 +412,10 @@ def _within_range(matrices: list[Tensor]) -> tuple[list[Tensor], list[float], li
 
 
 def _energies(matrices: list[Tensor]) -> list[float]:
-    """|matrix|_F^2 in float64, summed in an order that does not depend on the number of threads."""
+    """|matrix|_F^2, summed in an order that does not depend on the number of threads; exact to the dtype's rounding."""
     if not matrices:
         return []
-    rows = (torch.linalg.vector_norm(m, dim=1, dtype=torch.float64).square() for m in matrices)
+    rows = (torch.linalg.vector_norm(m, dim=1).double().square() for m in matrices)
     # torch sums fewer than 32,768 numbers on one thread.
     blocks = (torch.nn.functional.pad(row, (0, -len(row) % 1024)).reshape(-1, 1024).sum(1) for row in rows)
     energies: list[float] = torch.stack([block.sum() for block in blocks]).tolist()
@@ -442,7 +456,8 @@ def _gathered(
         else:
             largest = v.gather(0, v.abs().argmax(0, keepdim=True)) if v.numel() else v.new_ones(1, v.shape[1])
             sign = torch.where(largest < 0, -1, 1).to(v.dtype)
-            u, v = u * sign, v * sign
+            u.mul_(sign)
+            v.mul_(sign)
         parts.append((u, (s * scale).to(u.dtype), v.mT))
     device = matrices.device if isinstance(matrices, Tensor) else next((m.device for m in matrices), None)
     ranks = torch.tensor([f.rank for f in found if f is not None], dtype=torch.int64, device=device)

@@ -58,6 +58,9 @@ void grouped(const std::vector<Tensor>& out, const GroupedDoor& door,
     const auto* b = seeds ? nullptr : static_cast<const Scalar*>(door.b[i].const_data_ptr());
     T* panel = reinterpret_cast<T*>(scratch.panel.data());
     T* block = reinterpret_cast<T*>(scratch.block.data());
+    // a^T a: half of it is the mirror of the other half, and the panel holds both factors.
+    const bool gram = !seeds && transpose && static_cast<const void*>(a) == b &&
+                      shape.rows == shape.columns && shape.rows <= kBlockRows;
     std::memset(block, 0, sizeof(T) * rows * columns);
     const int64_t last = std::min((piece + 1) * kPieceDepth, shape.depth);
     for (int64_t depth = piece * kPieceDepth; depth < last; depth += kBlockDepth) {
@@ -73,8 +76,16 @@ void grouped(const std::vector<Tensor>& out, const GroupedDoor& door,
           for (int64_t j = shape.columns; j < columns; ++j) to[j] = 0;
         }
       }
-      multiply_panel_cpu(a + depth * depth_step, row_step, depth_step, rows, steps, panel, columns,
-                         block);
+      if (gram) {
+        multiply_panel_cpu(LeftFactor<T>{panel, 1, columns}, rows, steps, panel, columns, true,
+                           block);
+      } else {
+        multiply_panel_cpu(LeftFactor<Scalar>{a + depth * depth_step, row_step, depth_step}, rows,
+                           steps, panel, columns, false, block);
+      }
+    }
+    for (int r = 1; gram && r < rows; ++r) {
+      for (int c = 0; c < r; ++c) block[r * columns + c] = block[c * columns + r];
     }
     T* target = pieces[i] ? pieces[i].get() + piece * shape.rows * shape.columns
                           : static_cast<T*>(out[i].mutable_data_ptr());

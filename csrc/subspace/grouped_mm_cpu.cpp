@@ -1,6 +1,8 @@
 // The clones of the micro-kernel and of the random panel.
 #include "subspace/grouped_mm_cpu.h"
 
+#include <algorithm>
+
 #include "common/cpu.h"
 #include "common/philox.h"
 
@@ -31,26 +33,26 @@ FASTUNLEARN_INLINE void multiply_tile(const Scalar* a, int64_t row_step, int64_t
 }
 
 template <int kVectors, typename Scalar, typename T>
-FASTUNLEARN_INLINE void multiply_columns(const Scalar* a, int64_t row_step, int64_t depth_step,
-                                         int rows, int depth, const T* panel, int columns, T* out) {
+FASTUNLEARN_INLINE void multiply_columns(const LeftFactor<Scalar>& a, int rows, int depth,
+                                         const T* panel, int columns, T* out) {
   int i = 0;
   for (; i + 8 <= rows; i += 8)
-    multiply_tile<8, kVectors>(a + i * row_step, row_step, depth_step, depth, panel, columns,
-                               out + i * columns);
+    multiply_tile<8, kVectors>(a.data + i * a.row_step, a.row_step, a.depth_step, depth, panel,
+                               columns, out + i * columns);
   for (; i < rows; ++i)
-    multiply_tile<1, kVectors>(a + i * row_step, row_step, depth_step, depth, panel, columns,
-                               out + i * columns);
+    multiply_tile<1, kVectors>(a.data + i * a.row_step, a.row_step, a.depth_step, depth, panel,
+                               columns, out + i * columns);
 }
 
 template <typename Scalar, typename T>
-FASTUNLEARN_INLINE void multiply_panel(const Scalar* a, int64_t row_step, int64_t depth_step,
-                                       int rows, int depth, const T* panel, int columns, T* out) {
+FASTUNLEARN_INLINE void multiply_panel(const LeftFactor<Scalar>& a, int rows, int depth,
+                                       const T* panel, int columns, bool upper, T* out) {
   constexpr int kLanes = VectorOf<T>::kLanes;
   int j = 0;
   for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
-    multiply_columns<2>(a, row_step, depth_step, rows, depth, panel + j, columns, out + j);
-  if (j < columns)
-    multiply_columns<1>(a, row_step, depth_step, rows, depth, panel + j, columns, out + j);
+    multiply_columns<2>(a, upper ? std::min(rows, j + 2 * kLanes) : rows, depth, panel + j, columns,
+                        out + j);
+  if (j < columns) multiply_columns<1>(a, rows, depth, panel + j, columns, out + j);
 }
 
 template <typename T>
@@ -72,21 +74,21 @@ FASTUNLEARN_INLINE void fill_normal(uint64_t seed, int64_t first_row, int depth,
 }  // namespace
 
 FASTUNLEARN_CPU_CLONES
-void multiply_panel_cpu(const float* a, int64_t row_step, int64_t depth_step, int rows, int depth,
-                        const float* panel, int columns, float* out) {
-  multiply_panel(a, row_step, depth_step, rows, depth, panel, columns, out);
+void multiply_panel_cpu(const LeftFactor<float>& a, int rows, int depth, const float* panel,
+                        int columns, bool upper, float* out) {
+  multiply_panel(a, rows, depth, panel, columns, upper, out);
 }
 
 FASTUNLEARN_CPU_CLONES
-void multiply_panel_cpu(const double* a, int64_t row_step, int64_t depth_step, int rows, int depth,
-                        const double* panel, int columns, double* out) {
-  multiply_panel(a, row_step, depth_step, rows, depth, panel, columns, out);
+void multiply_panel_cpu(const LeftFactor<double>& a, int rows, int depth, const double* panel,
+                        int columns, bool upper, double* out) {
+  multiply_panel(a, rows, depth, panel, columns, upper, out);
 }
 
 FASTUNLEARN_CPU_CLONES
-void multiply_panel_cpu(const float* a, int64_t row_step, int64_t depth_step, int rows, int depth,
-                        const double* panel, int columns, double* out) {
-  multiply_panel(a, row_step, depth_step, rows, depth, panel, columns, out);
+void multiply_panel_cpu(const LeftFactor<float>& a, int rows, int depth, const double* panel,
+                        int columns, bool upper, double* out) {
+  multiply_panel(a, rows, depth, panel, columns, upper, out);
 }
 
 FASTUNLEARN_CPU_CLONES
