@@ -397,8 +397,11 @@ class GramAccumulator:
         return torch.cat([part.double() for part in self._rows], 1)
 
     def _add_products(self, total: Tensor, rows: Tensor) -> None:
+        # One buffer for all blocks: converting costs less than fresh memory to convert into.
+        buffer = rows.new_empty(self.groups, min(BLOCK, rows.shape[1]), self.dim, dtype=self.dtype)
         for start in range(0, rows.shape[1], BLOCK):
-            ops.gram_accumulate_(total, rows[:, start : start + BLOCK].to(self.dtype))
+            block = rows[:, start : start + BLOCK]
+            ops.gram_accumulate_(total, buffer[:, : block.shape[1]].copy_(block))
 
     def _fold_if_full(self, rows: int, device: torch.device) -> None:
         if self._gram is None and rows >= self.dim:
@@ -622,9 +625,12 @@ def _require_fit(weight: Tensor, other: Tensor, what: str) -> None:
 
 
 def _require_finite_members(matrices: Tensor, what: str) -> None:
-    finite = torch.isfinite(matrices)
+    if matrices.numel() == 0:
+        return
+    # The largest magnitude carries NaN and Inf, and needs no mask as large as the matrices.
+    finite = torch.isfinite(torch.linalg.vector_norm(matrices, torch.inf, dim=(-2, -1)))
     if not bool(finite.all()):
-        raise ValueError(f"{_member(~finite.flatten(-2).all(-1), what)} holds NaN or Inf")
+        raise ValueError(f"{_member(~finite, what)} holds NaN or Inf")
 
 
 def _member(bad: Tensor, what: str) -> str:
