@@ -319,15 +319,16 @@ def _orthonormal(
     R [B, l, l] in float64, finite [B]); both lists are written to.
 
     The l x l Gram matrices are summed in float64: of float32 panels they hold condition numbers up to 1e7, all that
-    float32 can. Float64 panels are shifted first (Fukaya et al.). One pass makes the columns well-conditioned, which is
-    all that power iterations need; with ``polish`` one or two more make them orthonormal to rounding.
+    float32 can. Float64 panels take one shifted pass before (Fukaya et al.). One pass makes the columns
+    well-conditioned, which is all that power iterations need; with ``polish`` one more makes them orthonormal to
+    rounding.
     """
     dtype, width = panels[0].dtype, panels[0].shape[1]
     eps, wide = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
     tolerance = max((2 * eps) ** 2, 4 * width * wide)
     total = None
     finite = torch.ones(len(panels), dtype=torch.bool, device=panels[0].device)
-    for step in range((3 if dtype == torch.float64 else 2) if polish else 1):
+    for step in range(1 + polish + (dtype == torch.float64)):
         r = panels[0].new_empty(len(panels), width, width, dtype=torch.float64)
         ops.grouped_mm_(list(r), panels, panels, transpose=True)
         if dtype == torch.float64 and step == 0:

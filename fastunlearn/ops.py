@@ -594,7 +594,7 @@ def orthogonal_rows_(rows: Tensor, rotation: Tensor | None = None) -> Tensor:
         int64 [B]: sweeps taken, -1 where 30 did not suffice.
 
     Cost: 6 to 10 sweeps of 3 k^3 multiply-adds (6 k^3 with ``rotation``). CUDA: one block per matrix, in shared memory
-    up to k = 240 in float32 (k = 118 in float64 with ``rotation``) on a GPU with 227 KB of it, else through L2. A CPU
+    up to k = 240 in float32 (k = 120 in float64 with ``rotation``) on a GPU with 227 KB of it, else through L2. A CPU
     works in float64 whatever the dtype.
     """
     sweeps = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)

@@ -39,7 +39,8 @@ class Eigenpairs:
     """Leading eigenpairs of Gram matrices, computed once and good for any alpha.
 
     Attributes:
-        values: [groups, k] float64, from the largest down, none negative.
+        values: [groups, k] float64, from the largest down, none negative; in a unit of each group's own, since only
+            their ratios to the trace matter and squares of far scales would leave float64.
         vectors: [groups, d, k] float64, columns orthonormal.
         trace: [groups] float64, the sum of all d eigenvalues, also of those beyond the k-th.
     """
@@ -62,7 +63,8 @@ class Eigenpairs:
         """What the filter would have left of any direction beyond the k-th, at most: the norm of the error in M.
 
         The eigenvalues come in order and sum to the trace, so the first that is missing is no larger than the last
-        that is there, nor than all that is missing together. 0 when none is missing.
+        that is there, nor than all that is missing together. 0 when none is missing. Of a sketch, whose eigenvalues
+        are underestimates, it is an estimate and may be several times too low.
         """
         if not self.ratios.numel():
             return 0.0
@@ -312,9 +314,12 @@ class GramAccumulator:
         _require_finite_members(images, "input")
         self._fold_if_full(self.rows_seen + count, images.device)
         assert self._gram is not None
-        ops.gram_accumulate_conv2d_(
-            self._gram, images.to(self.dtype), module.kernel_size, module.stride, (0, 0), module.dilation
-        )
+        for part in torch.split(
+            images, max(1, BLOCK * len(images) // count)
+        ):  # about BLOCK patches in ``dtype`` at a time
+            ops.gram_accumulate_conv2d_(
+                self._gram, part.to(self.dtype), module.kernel_size, module.stride, (0, 0), module.dilation
+            )
         self.rows_seen += count
         return self
 
@@ -325,7 +330,7 @@ class GramAccumulator:
                 f"cannot merge Gram matrices of [{self.groups}, {self.dim}] and [{other.groups}, {other.dim}]"
             )
         if self._gram is not None:
-            self._gram += other.gram
+            self._gram += other.gram.to(self._gram.device)
         elif other._gram is None:
             self._rows = [*self._rows, *other._rows]
         else:
@@ -363,7 +368,7 @@ class GramAccumulator:
         """Eigenpairs of the Gram matrices, min(n, dim) of them, or by a randomised SVD the leading ``rank``.
 
         Fewer rows than columns are decomposed as rows: nothing dim x dim is formed. Directions below 1e-15 of the
-        largest eigenvalue are rounding and come as zero vectors of value zero.
+        trace are rounding and come as zero vectors of value zero.
 
         Raises ValueError when the sums hold NaN or Inf.
         Cost: about 9 min(n, dim)^3, with ``rank`` about 6 rank * min(n, dim) * dim multiply-adds.
@@ -387,8 +392,7 @@ class GramAccumulator:
             if thin:
                 vectors = source.mT @ vectors / _nonzero(values.sqrt())[:, None, :]
             vectors = vectors * (values > 0)[:, None, :]
-        scale = unit[:, 0, 0].square() if thin else unit[:, 0, 0]
-        return Eigenpairs(values * scale[:, None], vectors, trace * scale)
+        return Eigenpairs(values, vectors, trace)
 
     def _kept_rows(self) -> Tensor:
         """The rows [groups, n, dim] in float64, while there are fewer than columns."""

@@ -224,7 +224,7 @@ def test_rotated_rows_are_orthogonal_and_rotate_back(backend: Backend, k: int, d
 
 
 def test_a_matrix_too_large_for_shared_memory_is_rotated_in_place(backend: Backend) -> None:
-    a = random(1, 120, 120)  # with its rotation 230,400 bytes, more than any GPU's shared memory
+    a = random(1, 121, 121)  # with its rotation 234,256 bytes, more than any GPU's shared memory
     rows, rotation = a.clone().to(backend.device), torch.empty_like(a, device=backend.device)
     assert backend("orthogonal_rows_", rows, rotation)[0] > 0
     assert torch.allclose((rotation.mT @ rows).cpu(), a, atol=1e-11)
@@ -273,6 +273,7 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "narrow": (lambda: ops.grouped_mm_([e(2, 2)], [e(2, 2).double()], [e(2, 2).double()]), "out as wide or float64"),
     "halves": (lambda: ops.sketch_([e(2, 2).half()], [e(2, 2).half()], [0]), "float32 or all float64"),
     "vectors": (lambda: ops.sketch_([e(2)], [e(2)], [0]), "matrices are needed"),
+    "out twice": (lambda: (lambda x, y: ops.grouped_mm_([x, x], [y, y], [y, y]))(e(2, 2), e(2, 2)), "shares memory"),
     "overlap": (lambda: (lambda x: ops.grouped_mm_([x], [x], [x]))(e(2, 2)), "shares memory"),
     "strided out": (lambda: ops.sketch_([e(4, 2).mT], [e(2, 3)], [0]), "must be contiguous"),
     "seeds": (lambda: ops.sketch_([e(2, 2)], [e(2, 2)], [0, 1]), "2 seeds"),
@@ -345,6 +346,16 @@ def spectra(n: int) -> dict[str, Tensor]:
 def matrix(m: int, n: int, values: Tensor, seed: int = 0) -> Tensor:
     left = torch.linalg.qr(random(m, len(values), seed=2 * seed)).Q
     return left * values @ torch.linalg.qr(random(n, len(values), seed=2 * seed + 1)).Q.mT
+
+
+@pytest.mark.parametrize(("rate", "k"), [(2, 20), (2, 24), (1, 14)])
+def test_float64_keeps_singular_values_far_below_the_largest(rate: int, k: int) -> None:
+    values = 10.0 ** -(torch.arange(100).double() / rate)
+    a = matrix(200, 100, values)
+    found = batched_rsvd(a, rank=k)
+    assert int(found.rank) == k
+    tail = float((a - found.U * found.S @ found.Vh).square().sum())
+    assert tail <= 1.1 * float(values[k:].square().sum()) + (1e-16 * k) ** 2 * k
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,8 @@
 // The doors of the operators under the randomized SVD: checks, shapes, contiguous inputs.
 #pragma once
 
+#include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/check.h"
@@ -53,14 +55,40 @@ struct GroupedDoor {
       if (b_) b.push_back(torch::stable::contiguous((*b_)[i]));
       shapes.push_back(shape);
     }
-    for (const Tensor& target : out) {
-      for (const std::vector<Tensor>* inputs : {&a, &b}) {
-        for (const Tensor& input : *inputs)
-          check(!overlap(target, input), op,
-                ": out shares memory with a factor; pass a copy of it");
-      }
-    }
+    check_apart(op, out);
     widened = !out.empty() && out[0].scalar_type() != a[0].scalar_type();
+  }
+
+ private:
+  // No output may share memory with a factor or another output: one sort by address, then
+  // neighbours.
+  void check_apart(const char* op, const std::vector<Tensor>& out) const {
+    struct Range {
+      const char* begin;
+      const char* end;
+      bool written;
+    };
+    std::vector<Range> ranges;
+    auto add = [&](const std::vector<Tensor>& tensors, bool written) {
+      for (const Tensor& tensor : tensors) {
+        if (tensor.numel() == 0) continue;
+        const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+        ranges.push_back({begin, begin + tensor.numel() * tensor.element_size(), written});
+      }
+    };
+    add(out, true);
+    add(a, false);
+    add(b, false);
+    std::sort(ranges.begin(), ranges.end(),
+              [](const Range& x, const Range& y) { return x.begin < y.begin; });
+    const char* read_until = nullptr;  // of the ranges before
+    const char* written_until = nullptr;
+    for (const Range& range : ranges) {
+      check(range.begin >= written_until && (!range.written || range.begin >= read_until), op,
+            ": out shares memory with a factor or another output; pass a copy of it");
+      const char*& until = range.written ? written_until : read_until;
+      until = std::max(until, range.end);
+    }
   }
 };
 

@@ -63,7 +63,8 @@ class ClassForgetting:
         seed: of that sample, and of "rsvd" and "sketch".
         progress: show progress bars.
         rank: eigenpairs kept by "rsvd" and "sketch"; None for 4 alpha, at least 64. What lies outside is dropped, at
-            an error in each filter of at most its gain there, which ``details["solver"]`` states.
+            an error in each filter of at most its gain there, which ``details["solver"]`` states (of a sketch an
+            estimate of it, which may be several times too low where spectra fall slowly).
         memory_limit: bytes that "auto" may fill with Gram matrices; None for half of what the device has free when
             the run begins. State it where the choice must not depend on the machine.
     """
@@ -289,6 +290,8 @@ class ClassForgetting:
                         f"{_mb(filled)} MB of smaller layers; the limit is {_mb(limit)} MB"
                     )
                 else:
+                    if solver == "cholesky" and limit is not None and filled + exact > limit:
+                        reason = f"over the limit of {_mb(limit)} MB, but a sketch would hold no less"
                     filled += exact
             for slot in group:
                 held = _sketch_bytes(slot, ranks) if solver == "sketch" else _gram_bytes(slot, self.max_patches)
@@ -349,18 +352,21 @@ class ClassForgetting:
         if plan.solver in ("rsvd", "sketch"):
             pairs = self._eigenpairs(moments, plan, rank)
             kept = pairs.values.shape[-1]
-            bound = f"{plan.reason}; of {plan.dim} directions {kept} are kept, the filter's gain on any other is at "
-            return pairs.filter(weight, alpha), (plan.solver, f"{bound}most {pairs.dropped_gain(alpha):.2g}")
+            bound = "at most" if plan.solver == "rsvd" else "by estimate"
+            reason = (
+                f"{plan.reason}; of {plan.dim} directions {kept} are kept, the filter's gain on any other is {bound} "
+                f"{pairs.dropped_gain(alpha):.2g}"
+            )
+            return pairs.filter(weight, alpha), (plan.solver, reason)
         assert isinstance(moments, GramAccumulator)
         solver, reason = plan.solver, plan.reason
         if self.solver == "auto":
-            solver = "auto"
             thin = moments.rows_seen < plan.dim
             reason = (
                 f"{moments.rows_seen} rows are fewer than {plan.dim} columns: solved in the rows' number"
                 if thin
-                else f"{plan.dim} x {plan.dim} fits in memory and is solved with condition "
-                f"{max(alpha, 1 / alpha):g} at most, in float64"
+                else f"{plan.reason}; {plan.dim} x {plan.dim} is solved with condition {max(alpha, 1 / alpha):g} at "
+                "most, in float64"
             )
             return moments.filter(weight, alpha, "auto"), ("rows" if thin else "cholesky", reason)
         return moments.filter(weight, alpha, solver), (solver, reason)
