@@ -30,8 +30,8 @@ class RSVD(NamedTuple):
             magnitude is positive (the first of them): the sign is the matrix's, not the random numbers'.
         rank: int64 [...]: singular values above rounding, k at most; -1 for a matrix that is not finite (its factors
             are NaN).
-        energy: [...], float64: sum(S**2) / |matrix|_F^2, the share of the energy that the factors hold, right to the
-            rounding of the matrix's dtype; 1 for zero.
+        energy: [...], float64: sum(S**2) / |matrix|_F^2, the share of the energy that the factors hold, with
+            |matrix|_F^2 summed row by row in the matrix's dtype; 1 for zero.
     """
 
     U: Tensor | list[Tensor]
@@ -413,7 +413,7 @@ def _within_range(matrices: list[Tensor]) -> tuple[list[Tensor], list[float], li
 
 
 def _energies(matrices: list[Tensor]) -> list[float]:
-    """|matrix|_F^2, summed in an order that does not depend on the number of threads; exact to the dtype's rounding."""
+    """|matrix|_F^2, row by row in the dtype, in an order that does not depend on the number of threads."""
     if not matrices:
         return []
     rows = (torch.linalg.vector_norm(m, dim=1).double().square() for m in matrices)

@@ -578,7 +578,8 @@ def _add_rows(moments: Moments, rows: Tensor) -> None:
         moments.add_(rows)
     elif rows.shape[1]:
         _require_finite_members(rows, "rows")
-        moments.add_(rows.double())
+        for start in range(0, rows.shape[1], BLOCK):
+            moments.add_(rows[:, start : start + BLOCK].double())
 
 
 def _empty(slot: Slot, rank: int | None, seed: int) -> Moments:
