@@ -570,7 +570,7 @@ EIGEN: dict[str, Tensor] = {
     "definite": torch.linspace(1, 10, 33),
     "negative definite": -torch.logspace(0, 3, 20),
     "wide": torch.logspace(-12, 0, 40),
-    "indefinite": torch.linspace(-4, 7, 64),
+    "indefinite": torch.linspace(-4, 7, 40),
 }
 
 
