@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal
@@ -20,16 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fastunlearn import ops
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import Call, device_of, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
+from fastunlearn.rules import Seen, joinable, joined, rule_of
 
 Kind = Literal["empirical", "monte_carlo"]
 
@@ -152,147 +149,6 @@ def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Para
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-# ---- rules: what a layer's input and output gradient say about each of its parameters -----------------------
-
-
-@dataclass(frozen=True)
-class _Use:
-    """One use of a parameter: an accumulating kernel, its tensors [N, ...] and its settings.
-
-    ``join`` lays several uses of one parameter side by side along their positions, because the sum over
-    positions must be squared once; None where the kernel has no such axis.
-    """
-
-    kernel: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-    settings: tuple[Any, ...] = ()
-    join: Callable[[Sequence[_Use]], _Use] | None = None
-
-    def add_to(self, out: Tensor) -> None:
-        self.kernel(out, *self.tensors, *self.settings)
-
-
-def _join_positions(uses: Sequence[_Use]) -> _Use:
-    """[N, T_i, features] -> [N, sum T_i, features]."""
-    columns = zip(*(use.tensors for use in uses), strict=True)
-    flat = [[t.reshape(t.shape[0], -1, t.shape[-1]) for t in column] for column in columns]
-    return replace(uses[0], tensors=tuple(torch.cat(column, 1) for column in flat))
-
-
-def _join_channels(uses: Sequence[_Use]) -> _Use:
-    """[N, ..., C, ...] -> [N, T, C] -> joined."""
-
-    def last(use: _Use) -> _Use:
-        return replace(use, tensors=tuple(t.movedim(use.settings[0], -1) for t in use.tensors), settings=(-1,))
-
-    return _join_positions([last(use) for use in uses])
-
-
-def _join_indices(uses: Sequence[_Use]) -> _Use:
-    indices = torch.cat([use.tensors[0].flatten(1) for use in uses], 1)
-    grads = torch.cat([use.tensors[1].flatten(1, -2) for use in uses], 1)
-    return replace(uses[0], tensors=(indices, grads))
-
-
-_Rule = Callable[[Any, Tensor, Tensor], dict[str, _Use]]
-
-
-def _linear(module: nn.Linear, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    return {
-        "weight": _Use(ops.sq_grad_linear, (x.to(g.dtype), g), join=_join_positions),
-        "bias": _Use(ops.sq_grad_bias, (g,), (-1,), _join_channels),
-    }
-
-
-def _conv(module: nn.Conv1d | nn.Conv2d, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    x = x.to(g.dtype)
-    stride, padding, dilation = list(module.stride), module.padding, list(module.dilation)
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        # "same" may pad one side more than the other, and other modes pad with values: pad here, as torch does.
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(stride)
-    axes = list(padding)
-    bias = _Use(ops.sq_grad_bias, (g,), (1,), _join_channels)
-    if isinstance(module, nn.Conv1d):  # an image of height one
-        x, g = x.unsqueeze(2), g.unsqueeze(2)
-        stride, axes, dilation = [1, *stride], [0, *axes], [1, *dilation]
-    return {"weight": _Use(_conv_kernel, (x, g), (stride, axes, dilation, module.groups)), "bias": bias}
-
-
-def _conv_kernel(out: Tensor, *args: Any) -> Tensor:
-    ops.sq_grad_conv2d(out if out.dim() == 4 else out.unsqueeze(2), *args)
-    return out
-
-
-def _affine(normalized: Tensor, g: Tensor, channel_dim: int) -> dict[str, _Use]:
-    return {
-        "weight": _Use(ops.sq_grad_affine, (normalized.to(g.dtype), g), (channel_dim,), _join_channels),
-        "bias": _Use(ops.sq_grad_bias, (g,), (channel_dim,), _join_channels),
-    }
-
-
-def _flat_affine(normalized: Tensor, g: Tensor, axes: int) -> dict[str, _Use]:
-    """Norms whose weight spans the last ``axes`` axes: one channel per element of them."""
-    uses = _affine(normalized.flatten(-axes), g.flatten(-axes), -1)
-    return {name: replace(use, kernel=_flattened(use.kernel)) for name, use in uses.items()}
-
-
-def _flattened(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(out: Tensor, *args: Any) -> Tensor:
-        kernel(out.view(-1), *args)
-        return out
-
-    return run
-
-
-def _layer_norm(module: nn.LayerNorm, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    normalized = F.layer_norm(x.to(g.dtype), module.normalized_shape, eps=module.eps)
-    return _flat_affine(normalized, g, len(module.normalized_shape))
-
-
-def _rms_norm(module: nn.RMSNorm, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    normalized = F.rms_norm(x.to(g.dtype), list(module.normalized_shape), eps=module.eps)
-    return _flat_affine(normalized, g, len(module.normalized_shape))
-
-
-def _group_norm(module: nn.GroupNorm, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    return _affine(F.group_norm(x.to(g.dtype), module.num_groups, eps=module.eps), g, 1)
-
-
-def _batch_norm(module: _BatchNorm, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    normalized = F.batch_norm(x.to(g.dtype), module.running_mean, module.running_var, eps=module.eps)
-    return _affine(normalized, g, 1)
-
-
-def _embedding(module: nn.Embedding, x: Tensor, g: Tensor) -> dict[str, _Use]:
-    return {"weight": _Use(ops.sq_grad_embedding, (x, g), (module.padding_idx,), _join_indices)}
-
-
-_RULES: dict[type[nn.Module], _Rule] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm3d: _batch_norm,
-    nn.Embedding: _embedding,
-}
-
-
-def _rule_of(module: nn.Module) -> _Rule | None:
-    """The rule of a module that computes what its torch class does; a subclass with its own forward has none."""
-    for cls, rule in _RULES.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
-            if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
-                return None  # scales by counts over the batch; one sample alone has its own counts
-            return rule
-    return None
 
 
 # ---- the plan: which modules to record, and where their samples lie -------------------------------------------
@@ -428,19 +284,17 @@ def _ruled_uses(
     probe: _Probe, parameter: nn.Parameter, owners: Sequence[tuple[str, nn.Module, str]]
 ) -> list[tuple[_Unit, str]] | None:
     """The units that use the parameter, if rules account for every use of it; else None."""
-    uses, rules, calls = [], set(), 0
+    uses, calls = [], 0
     for name, module, local in owners:
-        unit, rule = probe.unit(name, module), _rule_of(module)
+        unit = probe.unit(name, module)
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             raise ValueError(f"{name} is an Embedding with max_norm, whose forward pass rewrites its weights")
-        if unit is None or rule is None or None in unit.input_axes or len(unit.output_axes) != 1:
+        if unit is None or rule_of(module) is None or None in unit.input_axes or len(unit.output_axes) != 1:
             return None
         uses.append((unit, local))
-        rules.add((rule, module.padding_idx if isinstance(module, nn.Embedding) else None))
         calls += len(probe.calls[1][module])
-        if isinstance(module, _ConvNd) and local == "weight" and (len(owners) > 1 or calls > 1):
-            return None  # images of different sizes have no common axis of positions
-    return uses if len(rules) == 1 and calls == probe.edges[id(parameter)] else None
+    users = [(unit.module, local) for unit, local in uses]
+    return uses if joinable(users, calls) and calls == probe.edges[id(parameter)] else None
 
 
 def _fallback_unit(
@@ -556,19 +410,14 @@ def _draw_labels(outputs: Any, generator: torch.Generator) -> Tensor:
 def _add_ruled(out: Tensor, users: Sequence[tuple[_Unit, str]], records: Mapping[nn.Module, list[_Recorded]]) -> None:
     uses = []
     for unit, local in users:
-        rule = _rule_of(unit.module)
+        rule = rule_of(unit.module)
         assert rule is not None  # the plan gave it one
         for record in records[unit.module]:
-            grad = record.grads[0]
-            if grad is None:
+            if record.grads[0] is None:
                 continue  # the loss does not depend on this output
-            x = record.call.input.detach().movedim(unit.input_axes[0] or 0, 0)
-            uses.append(rule(unit.module, x, grad.movedim(unit.output_axes[0] or 0, 0))[local])
-    if len(uses) > 1:
-        join = uses[0].join
-        assert join is not None  # the plan sends such layers to the fallback
-        uses = [join(uses)]
-    for use in uses:
+            seen = Seen(record.call, unit.input_axes, unit.output_axes, tuple(record.grads))
+            uses.append(rule(unit.module, seen)[local])
+    for use in joined(uses) if uses else ():
         use.add_to(out)
 
 
