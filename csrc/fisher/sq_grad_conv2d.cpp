@@ -1,5 +1,9 @@
-// sq_grad_conv2d on a CPU: patches are unfolded into the panel and nowhere else.
+// sq_grad_conv2d on a CPU: output channels are lanes, the taps of a patch are rows. A row is read
+// from the padded image, where the patches of all positions lie at the same distance from one
+// another for every tap: nothing is unfolded.
 #include <torch/csrc/stable/library.h>
+
+#include <cstring>
 
 #include "common/dispatch.h"
 #include "fisher/doors.h"
@@ -8,59 +12,92 @@
 namespace fastunlearn {
 namespace {
 
-// The output gradient [N, G P, T].
+// The output gradient [N, G P, T], transposed into panels [T, kSquareLanes].
 template <typename Scalar>
-struct PlanePacker {
+struct ChannelLanes {
+  using Acc = CpuAccumulator<Scalar>;
   const Scalar* data;
-  SqGradShape shape;
+  int64_t groups, positions, count;
 
-  template <int kWidth>
-  void operator()(const PanelRequest& request, CpuAccumulator<Scalar>* panel) const {
-    const int64_t sample_stride = shape.groups * shape.out_features * shape.positions;
-    const int64_t step = request.along_samples ? sample_stride : 1;
-    const Scalar* corner = data + request.sample * sample_stride + request.position +
-                           (request.group * shape.out_features + request.feature) * shape.positions;
-    for (int j = 0; j < request.features; ++j) {
-      const Scalar* plane = corner + j * shape.positions;
-      for (int k = 0; k < request.depth; ++k) panel[k * kWidth + j] = widen(plane[k * step]);
+  void pack(int64_t group, int64_t sample, int64_t first, Acc* panel) const {
+    constexpr int kLanes = kSquareLanes<Acc>;
+    const int valid = static_cast<int>(std::min<int64_t>(kLanes, count - first));
+    const Scalar* from = data + ((sample * groups + group) * count + first) * positions;
+    if constexpr (std::is_same_v<Scalar, Acc>) {
+      transpose_cpu(from, positions, valid, static_cast<int>(positions), false, panel, kLanes);
+    } else {
+      for (int j = 0; j < valid; ++j) {
+        for (int64_t t = 0; t < positions; ++t)
+          panel[t * kLanes + j] = widen(from[j * positions + t]);
+      }
     }
+    for (int64_t t = 0; valid < kLanes && t < positions; ++t)
+      std::fill(panel + t * kLanes + valid, panel + (t + 1) * kLanes, Acc(0));
   }
 };
 
-// The patches of an image [N, G C, H, W]; feature = (c, i, j).
+// The images [N, G C, H, W], a row per (channel, tap): one packed unit per channel, the padded
+// plane.
 template <typename Scalar>
-struct PatchPacker {
+struct TapRows {
+  using Acc = CpuAccumulator<Scalar>;
+  static constexpr bool kConverted = !std::is_same_v<Scalar, Acc>;
+
   const Scalar* data;
   int64_t groups;
-  Conv2dGeometry geometry;
+  Conv2dGeometry g;
+  int height, width;  // padded
+  int taps;
+  int64_t count;
+  bool direct;  // read in place: nothing to pad, nothing to convert
+  int64_t units, unit_size;
+  std::vector<int> offsets;
 
-  template <int kWidth>
-  void operator()(const PanelRequest& request, CpuAccumulator<Scalar>* panel) const {
-    const Conv2dGeometry& g = geometry;
-    const int taps = g.kernel_h * g.kernel_w;
-    const int64_t plane = int64_t{g.height} * g.width;
-    const Scalar* samples = data + (request.sample * groups + request.group) * g.channels * plane;
-    const int64_t sample_stride = request.along_samples ? groups * g.channels * plane : 0;
-    for (int j = 0; j < request.features; ++j) {
-      const int64_t feature = request.feature + j;
-      const int64_t tap = feature % taps;
-      const Scalar* channel = samples + feature / taps * plane;
-      const int64_t row_offset = tap / g.kernel_w * g.dilation_h - g.padding_h;
-      const int64_t column_offset = tap % g.kernel_w * g.dilation_w - g.padding_w;
-      int64_t out_row = request.position / g.out_w;
-      int64_t out_column = request.position % g.out_w;
-      for (int k = 0; k < request.depth; ++k) {
-        const int64_t row = out_row * g.stride_h + row_offset;
-        const int64_t column = out_column * g.stride_w + column_offset;
-        const bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-        panel[k * kWidth + j] = inside ? widen(channel[k * sample_stride + row * g.width + column])
-                                       : CpuAccumulator<Scalar>(0);
-        if (!request.along_samples && ++out_column == g.out_w) {
-          out_column = 0;
-          ++out_row;
-        }
-      }
+  TapRows(const Scalar* data, int64_t groups, const Conv2dGeometry& geometry)
+      : data(data),
+        groups(groups),
+        g(geometry),
+        height(g.height + 2 * g.padding_h),
+        width(g.width + 2 * g.padding_w),
+        taps(g.kernel_h * g.kernel_w),
+        count(int64_t{g.channels} * taps),
+        direct(!kConverted && g.padding_h == 0 && g.padding_w == 0),
+        units(direct ? 0 : g.channels),
+        unit_size(direct ? 0 : int64_t{height} * width),
+        offsets(int64_t{g.out_h} * g.out_w) {
+    for (int row = 0; row < g.out_h; ++row) {
+      for (int column = 0; column < g.out_w; ++column)
+        offsets[row * g.out_w + column] = row * g.stride_h * width + column * g.stride_w;
     }
+  }
+
+  void pack(int64_t group, int64_t sample, int64_t channel, Acc* to) const {
+    const int64_t plane = int64_t{g.height} * g.width;
+    const Scalar* from = data + ((sample * groups + group) * g.channels + channel) * plane;
+    std::fill(to, to + g.padding_h * width, Acc(0));
+    to += g.padding_h * width;
+    for (int row = 0; row < g.height; ++row, to += width, from += g.width) {
+      std::fill(to, to + g.padding_w, Acc(0));
+      for (int column = 0; column < g.width; ++column)
+        to[g.padding_w + column] = widen(from[column]);
+      std::fill(to + g.padding_w + g.width, to + width, Acc(0));
+    }
+    std::fill(to, to + g.padding_h * width, Acc(0));
+  }
+  const Acc* point(int64_t group, int64_t sample, int64_t n, const Acc* packed, int64_t chunk,
+                   int64_t row) const {
+    const int64_t channel = row / taps;
+    const int tap = static_cast<int>(row % taps);
+    const int64_t offset =
+        int64_t{tap / g.kernel_w} * g.dilation_h * width + int64_t{tap % g.kernel_w} * g.dilation_w;
+    if constexpr (!kConverted) {
+      if (direct)
+        return data + ((sample * groups + group) * g.channels + channel) * height * width + offset;
+    }
+    return packed + (channel * chunk + n) * unit_size + offset;
+  }
+  int64_t step() const {
+    return direct ? groups * g.channels * int64_t{height} * width : unit_size;
   }
 };
 
@@ -68,14 +105,15 @@ void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& gr
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::vector<int64_t>& dilation, int64_t groups) {
   const Conv2dDoor door(out, input, grad_output, stride, padding, dilation, groups);
-  if (door.shape.positions == 0) return;
+  const SqGradShape& s = door.shape;
+  if (out.numel() == 0 || s.samples == 0 || s.positions == 0) return;
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
-    const PlanePacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()),
-                                    door.shape};
-    const PatchPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()),
-                                     groups, door.geometry};
-    sq_grad_cpu(door.shape, grads, inputs,
-                static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
+    const ChannelLanes<Scalar> lanes{static_cast<const Scalar*>(door.grad.const_data_ptr()), groups,
+                                     s.positions, s.out_features};
+    const TapRows<Scalar> rows(static_cast<const Scalar*>(door.input.const_data_ptr()), groups,
+                               door.geometry);
+    sq_grad_cpu<true>(out, s, lanes, rows,
+                      static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
   });
 }
 

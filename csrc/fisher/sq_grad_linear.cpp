@@ -1,4 +1,4 @@
-// sq_grad_linear on a CPU.
+// sq_grad_linear on a CPU: the input's features are lanes, the output's are rows.
 #include <torch/csrc/stable/library.h>
 
 #include "common/dispatch.h"
@@ -10,30 +10,72 @@ namespace {
 
 // [N, T, features], features contiguous.
 template <typename Scalar>
-struct RowPacker {
+struct FeatureLanes {
+  using Acc = CpuAccumulator<Scalar>;
   const Scalar* data;
-  int64_t positions, features;
+  int64_t positions, count;
 
-  template <int kWidth>
-  void operator()(const PanelRequest& request, CpuAccumulator<Scalar>* panel) const {
-    // One position per sample: consecutive samples are consecutive rows too.
-    const Scalar* row =
-        data + (request.sample * positions + request.position) * features + request.feature;
-    for (int k = 0; k < request.depth; ++k, row += features, panel += kWidth) {
-      for (int j = 0; j < request.features; ++j) panel[j] = widen(row[j]);
+  void pack(int64_t, int64_t sample, int64_t first, Acc* panel) const {
+    constexpr int kLanes = kSquareLanes<Acc>;
+    const int valid = static_cast<int>(std::min<int64_t>(kLanes, count - first));
+    const Scalar* from = data + sample * positions * count + first;
+    for (int64_t t = 0; t < positions; ++t, from += count, panel += kLanes) {
+      for (int j = 0; j < valid; ++j) panel[j] = widen(from[j]);
+      std::fill(panel + valid, panel + kLanes, Acc(0));
     }
   }
 };
 
+// The same, packed in units of kUnit x kSquareRows features: [kUnit, positions, kSquareRows].
+template <typename Scalar>
+struct FeatureRows {
+  using Acc = CpuAccumulator<Scalar>;
+  static constexpr int kUnit = 8;
+
+  const Scalar* data;
+  int64_t positions, count;
+  int64_t units = ceil_div(count, kUnit* kSquareRows);
+  int64_t unit_size = kUnit * kSquareRows * positions;
+  std::vector<int> offsets;
+
+  FeatureRows(const Scalar* data, int64_t positions, int64_t count)
+      : data(data), positions(positions), count(count), offsets(positions) {
+    for (int64_t t = 0; t < positions; ++t) offsets[t] = static_cast<int>(t * kSquareRows);
+  }
+
+  void pack(int64_t, int64_t sample, int64_t unit, Acc* to) const {
+    const int64_t first = unit * kUnit * kSquareRows;
+    const int64_t valid = std::min<int64_t>(kUnit * kSquareRows, count - first);
+    const Scalar* from = data + sample * positions * count + first;
+    for (int64_t t = 0; t < positions; ++t, from += count) {
+      for (int64_t i = 0; i < valid; i += kSquareRows) {
+        Acc* row = to + (i / kSquareRows * positions + t) * kSquareRows;
+        for (int64_t r = 0; r < std::min<int64_t>(kSquareRows, valid - i); ++r)
+          row[r] = widen(from[i + r]);
+      }
+    }
+  }
+  const Acc* point(int64_t, int64_t, int64_t n, const Acc* packed, int64_t chunk,
+                   int64_t row) const {
+    const int64_t unit = row / (kUnit * kSquareRows);
+    const int64_t subtile = row / kSquareRows % kUnit;
+    return packed + (unit * chunk + n) * unit_size + subtile * positions * kSquareRows +
+           row % kSquareRows;
+  }
+  int64_t step() const { return unit_size; }
+};
+
 void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output) {
   const LinearDoor door(out, input, grad_output);
+  const SqGradShape& s = door.shape;
+  if (out.numel() == 0 || s.samples == 0 || s.positions == 0) return;
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
-    const SqGradShape& s = door.shape;
-    const RowPacker<Scalar> grads{static_cast<const Scalar*>(door.grad.const_data_ptr()),
-                                  s.positions, s.out_features};
-    const RowPacker<Scalar> inputs{static_cast<const Scalar*>(door.input.const_data_ptr()),
-                                   s.positions, s.in_features};
-    sq_grad_cpu(s, grads, inputs, static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
+    const FeatureLanes<Scalar> lanes{static_cast<const Scalar*>(door.input.const_data_ptr()),
+                                     s.positions, s.in_features};
+    const FeatureRows<Scalar> rows(static_cast<const Scalar*>(door.grad.const_data_ptr()),
+                                   s.positions, s.out_features);
+    sq_grad_cpu<false>(out, s, lanes, rows,
+                       static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
   });
 }
 
