@@ -6,51 +6,35 @@
 #include <vector>
 
 #include "common/block_sum.h"
-#include "common/cpu.h"
 #include "common/dispatch.h"
 #include "fisher/doors.h"
+#include "fisher/sq_grad_channels_cpu.h"
 
 namespace fastunlearn {
 namespace {
 
-// One sample's sums over positions, in a fixed order. Blocks of positions keep the rounding error
-// down; with positions contiguous, eight interleaved sums let the compiler vectorise without
-// reordering anything.
-template <bool kWithNormalized, typename Scalar>
+// One sample's sums over positions for channels [begin, end), in a fixed order and in blocks, which
+// keep the rounding error down.
+template <typename Scalar>
 void sample_sums(const Scalar* grad, const Scalar* normalized, const SqGradChannelsShape& shape,
-                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* block,
-                 CpuAccumulator<Scalar>* sums) {
-  using Acc = CpuAccumulator<Scalar>;
-  constexpr int kPartials = 8;
-  auto term = [&](int64_t at) -> Acc {
-    const Acc g = widen(grad[at]);
-    if constexpr (kWithNormalized) return g * widen(normalized[at]);
-    return g;
-  };
+                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* sums) {
+  auto later = [&](int64_t offset) { return normalized ? normalized + offset : nullptr; };
+  std::fill(sums, sums + (end - begin), CpuAccumulator<Scalar>(0));
   if (shape.inner == 1) {
-    std::fill(sums, sums + (end - begin), Acc(0));
     for (int64_t first = 0; first < shape.outer; first += kSumBlock) {
-      std::fill(block, block + (end - begin), Acc(0));
-      for (int64_t t = first; t < std::min(shape.outer, first + kSumBlock); ++t) {
-        for (int64_t c = begin; c < end; ++c) block[c - begin] += term(t * shape.channels + c);
-      }
-      for (int64_t c = 0; c < end - begin; ++c) sums[c] += block[c];
+      const int rows = static_cast<int>(std::min<int64_t>(kSumBlock, shape.outer - first));
+      const int64_t at = first * shape.channels + begin;
+      sum_rows_cpu(grad + at, later(at), rows, shape.channels, end - begin, sums);
     }
     return;
   }
   for (int64_t c = begin; c < end; ++c) {
-    BlockSum<Acc> partial[kPartials];
+    BlockSum<CpuAccumulator<Scalar>> sum;
     for (int64_t t = 0; t < shape.outer; ++t) {
       const int64_t plane = (t * shape.channels + c) * shape.inner;
-      int64_t s = 0;
-      for (; s + kPartials <= shape.inner; s += kPartials) {
-        for (int i = 0; i < kPartials; ++i) partial[i].add(term(plane + s + i));
-      }
-      for (int i = 0; s < shape.inner; ++s, ++i) partial[i].add(term(plane + s));
+      sum.add(sum_plane_cpu(grad + plane, later(plane), shape.inner));
     }
-    Acc sum = 0;
-    for (const BlockSum<Acc>& part : partial) sum += part.value();
-    sums[c - begin] = sum;
+    sums[c - begin] = sum.value();
   }
 }
 
@@ -67,12 +51,12 @@ void sq_grad_channels_cpu(const Tensor& out, const ChannelsDoor& door) {
     Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
     const int64_t per_sample = shape.outer * shape.channels * shape.inner;
     torch::stable::parallel_for(0, shape.channels, 16, [&](int64_t begin, int64_t end) {
-      std::vector<Acc> block(end - begin), sums(end - begin);
+      std::vector<Acc> sums(end - begin);
       std::vector<BlockSum<Acc>> squares(end - begin);
       for (int64_t n = 0; n < shape.samples; ++n) {
         const int64_t offset = n * per_sample;
-        sample_sums<kWithNormalized>(grad + offset, kWithNormalized ? normalized + offset : nullptr,
-                                     shape, begin, end, block.data(), sums.data());
+        sample_sums(grad + offset, kWithNormalized ? normalized + offset : nullptr, shape, begin,
+                    end, sums.data());
         for (size_t c = 0; c < sums.size(); ++c) squares[c].add(sums[c] * sums[c]);
       }
       for (int64_t c = begin; c < end; ++c) result[c] += squares[c - begin].value();

@@ -16,6 +16,16 @@ FASTUNLEARN_INLINE void square_block(const T* lanes, const T* const* rows, const
   Vector sum[kRows][kVectors] = {};
   const T* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = rows[i];
+  // One position a sample: nothing to add up before the square.
+  for (; positions == 1 && samples > 0; --samples, lanes += kSquareLanes<T>) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector product = *reinterpret_cast<const Vector*>(lanes + v * kLanes) * *row[i];
+        sum[i][v] += product * product;
+      }
+      row[i] += step;
+    }
+  }
   for (int n = 0; n < samples; ++n) {
     Vector product[kRows][kVectors] = {};
     auto multiply = [&](int first, int last) __attribute__((always_inline)) {

@@ -37,6 +37,8 @@ inline constexpr int kSquareChain = 512;
 // Positions that a block of samples should fill: with few positions a sample, several samples pass
 // through the registers before their squares are added to the tile.
 inline constexpr int kBlockPositions = 128;
+// Positions of a unit that are packed by one task.
+inline constexpr int64_t kStretchPositions = 512;
 // Packed numbers of one chunk of samples, for all threads: part of the L3 cache.
 inline constexpr int64_t kChunkBytes = int64_t{4} << 20;
 
@@ -112,20 +114,24 @@ void sq_grad_cpu(const Tensor& like, const SqGradShape& shape, const Lanes& lane
   T* const packed_lanes = static_cast<T*>(workspace.mutable_data_ptr());
   T* const packed_rows = packed_lanes + shape.groups * plan.chunk * all_panels * panel_size;
   const int64_t packs = all_panels + rows.units;
+  const int64_t stretch = ceil_div(kStretchPositions, shape.positions);
 
   for (int64_t first = 0; first < shape.samples; first += plan.chunk) {
     const int64_t count = std::min(plan.chunk, shape.samples - first);
-    for_each_task<None>(shape.groups * packs * count, [&](None&, int64_t task) {
-      const int64_t n = task % count;
-      const int64_t pack = task / count % packs;
-      const int64_t group = task / count / packs;
-      if (pack < all_panels) {
-        lanes.pack(group, first + n, pack * kLanes,
-                   packed_lanes + ((group * all_panels + pack) * plan.chunk + n) * panel_size);
-      } else {
-        const int64_t unit = pack - all_panels;
-        rows.pack(group, first + n, unit,
-                  packed_rows + ((group * rows.units + unit) * plan.chunk + n) * rows.unit_size);
+    const int64_t stretches = ceil_div(count, stretch);
+    for_each_task<None>(shape.groups * packs * stretches, [&](None&, int64_t task) {
+      const int64_t begin = task % stretches * stretch;
+      const int64_t pack = task / stretches % packs;
+      const int64_t group = task / stretches / packs;
+      for (int64_t n = begin; n < std::min(count, begin + stretch); ++n) {
+        if (pack < all_panels) {
+          lanes.pack(group, first + n, pack * kLanes,
+                     packed_lanes + ((group * all_panels + pack) * plan.chunk + n) * panel_size);
+        } else {
+          const int64_t unit = pack - all_panels;
+          rows.pack(group, first + n, unit,
+                    packed_rows + ((group * rows.units + unit) * plan.chunk + n) * rows.unit_size);
+        }
       }
     });
     for_each_task<Scratch>(shape.groups * plan.row_tiles * plan.lane_tiles, [&](Scratch& scratch,
