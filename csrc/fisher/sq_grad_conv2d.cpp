@@ -7,6 +7,7 @@
 
 #include "common/dispatch.h"
 #include "fisher/doors.h"
+#include "fisher/sq_grad_grouped_cpu.h"
 #include "fisher/sq_grad_tile_cpu.h"
 
 namespace fastunlearn {
@@ -108,12 +109,15 @@ void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& gr
   const SqGradShape& s = door.shape;
   if (out.numel() == 0 || s.samples == 0 || s.positions == 0) return;
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
-    const ChannelLanes<Scalar> lanes{static_cast<const Scalar*>(door.grad.const_data_ptr()), groups,
-                                     s.positions, s.out_features};
-    const TapRows<Scalar> rows(static_cast<const Scalar*>(door.input.const_data_ptr()), groups,
-                               door.geometry);
-    sq_grad_cpu<true>(out, s, lanes, rows,
-                      static_cast<CpuAccumulator<Scalar>*>(out.mutable_data_ptr()));
+    using Acc = CpuAccumulator<Scalar>;
+    const auto* images = static_cast<const Scalar*>(door.input.const_data_ptr());
+    const auto* grads = static_cast<const Scalar*>(door.grad.const_data_ptr());
+    Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
+    if (groups_fill_lanes<Acc>(s, door.geometry)) {
+      return sq_grad_grouped_cpu(s, door.geometry, images, grads, result);
+    }
+    const ChannelLanes<Scalar> lanes{grads, groups, s.positions, s.out_features};
+    sq_grad_cpu<true>(out, s, lanes, TapRows<Scalar>(images, groups, door.geometry), result);
   });
 }
 

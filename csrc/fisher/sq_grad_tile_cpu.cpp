@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "fisher/sq_grad_grouped_cpu.h"
+
 namespace fastunlearn {
 namespace {
 
@@ -86,6 +88,29 @@ FASTUNLEARN_INLINE void square_products(const T* lanes, const T* const* rows, co
   }
 }
 
+template <typename T>
+FASTUNLEARN_INLINE void square_group(const T* grads, const T* const* taps, const int* offsets,
+                                     int positions, T* squares) {
+  using Vector = typename VectorOf<T>::type;
+  constexpr int kLanes = VectorOf<T>::kLanes;
+  const T* tap[kGroupTaps];
+  for (int k = 0; k < kGroupTaps; ++k) tap[k] = taps[k];
+  Vector before[kGroupTaps] = {};
+  for (int first = 0; first < positions; first += kSquareChain) {
+    const int last = std::min(positions, first + kSquareChain);
+    Vector product[kGroupTaps] = {};
+    for (int t = first; t < last; ++t) {
+      const Vector grad = *reinterpret_cast<const Vector*>(grads + int64_t{t} * kLanes);
+      const int64_t at = offsets[t];
+      for (int k = 0; k < kGroupTaps; ++k)
+        product[k] += grad * *reinterpret_cast<const Vector*>(tap[k] + at);
+    }
+    for (int k = 0; k < kGroupTaps; ++k) before[k] += product[k];
+  }
+  for (int k = 0; k < kGroupTaps; ++k)
+    *reinterpret_cast<Vector*>(squares + k * kLanes) += before[k] * before[k];
+}
+
 // One stage of the transposition of a square of registers: swaps the blocks of kHalf x kHalf off
 // the diagonal in every block of 2 kHalf x 2 kHalf.
 template <int kHalf, typename Vector, size_t... kLane>
@@ -165,6 +190,18 @@ void square_products_cpu(const float* lanes, const float* const* rows, const int
 void square_products_cpu(const double* lanes, const double* const* rows, const int* offsets,
                          int64_t step, int positions, int samples, bool half, double* squares) {
   square_products_version(lanes, rows, offsets, step, positions, samples, half, squares);
+}
+
+FASTUNLEARN_CPU_CLONES
+void square_group_cpu(const float* grads, const float* const* taps, const int* offsets,
+                      int positions, float* squares) {
+  square_group(grads, taps, offsets, positions, squares);
+}
+
+FASTUNLEARN_CPU_CLONES
+void square_group_cpu(const double* grads, const double* const* taps, const int* offsets,
+                      int positions, double* squares) {
+  square_group(grads, taps, offsets, positions, squares);
 }
 
 FASTUNLEARN_CPU_CLONES
