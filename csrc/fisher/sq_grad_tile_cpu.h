@@ -33,7 +33,7 @@ inline constexpr int kTileStride = kTilePanels * kSquareLanes<T>;
 
 // Positions after which a running product is set aside: a rounding error that grows with the length
 // of one chain.
-inline constexpr int kSquareChain = 512;
+inline constexpr int kSquareChain = 128;
 // Positions that a block of samples should fill: with few positions a sample, several samples pass
 // through the registers before their squares are added to the tile.
 inline constexpr int kBlockPositions = 128;
