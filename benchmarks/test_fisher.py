@@ -1,17 +1,30 @@
-"""Squared per-sample gradients: ours, what one composes from torch, and the backward pass it stands beside."""
+"""Squared per-sample gradients: ours, what one composes from torch, the peers, and the backward pass they stand beside.
+
+Opacus and BackPACK take part where they are installed (``make bench`` does) and know every layer of the model.
+"""
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from models import Encoder, ViT, vgg11
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn import fisher_diagonal, ops
 
 LINEAR = {"T=1": (256, 1, 512, 512), "T=64": (32, 64, 256, 256), "T=512": (4, 512, 768, 768)}
+CONV = {  # samples, in, out, size, groups
+    "32 x 64 channels, 16 x 16": (32, 64, 64, 16, 1),
+    "128 x 512 channels, 2 x 2": (128, 512, 512, 2, 1),
+    "depthwise, 16 x 512 channels, 8 x 8": (16, 512, 512, 8, 512),
+}
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -27,25 +40,45 @@ def test_sq_grad_linear(versus: Any, device: str, name: str) -> None:
     )
 
 
-def test_sq_grad_conv2d(versus: Any, device: str) -> None:
-    """Beside unfold -> bmm -> square -> sum."""
-    x, g = torch.randn(32, 64, 16, 16, device=device), torch.randn(32, 64, 16, 16, device=device)
-    out = torch.zeros(64, 64, 3, 3, device=device)
+@pytest.mark.parametrize("name", CONV)
+def test_sq_grad_conv2d(versus: Any, device: str, name: str) -> None:
+    """Beside the ordinary weight gradient and, with one group, unfold -> bmm -> square -> sum."""
+    n, ci, co, size, groups = CONV[name]
+    x, g = torch.randn(n, ci, size, size, device=device), torch.randn(n, co, size, size, device=device)
+    weight = torch.zeros(co, ci // groups, 3, 3, device=device)
+    out = torch.zeros_like(weight)
+
+    def weight_gradient() -> None:
+        torch.ops.aten.convolution_backward(
+            g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [False, True, False]
+        )
 
     def unfolded() -> Tensor:
         return torch.bmm(g.flatten(2), F.unfold(x, 3, padding=1).mT).square().sum(0)
 
-    versus(lambda: ops.sq_grad_conv2d(out, x, g, (1, 1), (1, 1)), unfold_bmm_square_sum=unfolded)
+    versus(
+        lambda: ops.sq_grad_conv2d(out, x, g, (1, 1), (1, 1), (1, 1), groups),
+        weight_gradient=weight_gradient,
+        **({"unfold_bmm_square_sum": unfolded} if groups == 1 else {}),
+    )
 
 
-def test_fisher_diagonal_of_a_small_cnn(versus: Any, device: str) -> None:
-    """Beside one plain forward and backward pass, a loop over samples, and vmap(grad)."""
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "VGG11": (vgg11, (3, 32, 32)),
+    "VGG11-BN": (lambda: vgg11(batch_norm=True), (3, 32, 32)),
+    "ViT": (ViT, (3, 32, 32)),
+    "12 layers, d=768, T=512": (Encoder, (512, 768)),
+}
+RUNS = [(name, n) for name in ("VGG11", "VGG11-BN", "ViT") for n in (16, 128)] + [("12 layers, d=768, T=512", 4)]
+
+
+@pytest.mark.parametrize(("name", "samples"), RUNS)
+def test_fisher_diagonal(versus: Any, device: str, name: str, samples: int) -> None:
+    """One call on one batch, planning included, beside one plain forward and backward pass and the peers."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 64, 128), nn.ReLU(), nn.Linear(128, 10),
-    ).to(device)  # fmt: skip
-    x, y = torch.randn(32, 3, 32, 32, device=device), torch.randint(10, (32,), device=device)
+    build, shape = MODELS[name]
+    model = build().to(device)
+    x, y = torch.randn(samples, *shape, device=device), torch.randint(10, (samples,), device=device)
     parameters = dict(model.named_parameters())
 
     def plain() -> None:
@@ -56,17 +89,72 @@ def test_fisher_diagonal_of_a_small_cnn(versus: Any, device: str) -> None:
         for n in range(len(x)):
             loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
             for total, grad in zip(sums, torch.autograd.grad(loss, list(parameters.values())), strict=True):
-                total.add_(grad.square())
+                total.addcmul_(grad, grad)
 
-    def sample_loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, weights, (image[None],))
+    def sample_loss(weights: dict[str, Tensor], sample: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, weights, (sample[None],))
         return F.cross_entropy(logits, label[None])
 
-    detached = {name: p.detach() for name, p in parameters.items()}
+    detached = {key: p.detach() for key, p in parameters.items()}
     per_sample = torch.func.vmap(torch.func.grad(sample_loss), (None, 0, 0))
 
     def vmap() -> None:
         for grad in per_sample(detached, x, y).values():
             grad.square().sum(0)
 
-    versus(lambda: fisher_diagonal(model, [(x, y)]), plain_backward=plain, loop=loop, vmap=vmap)
+    peers = {"plain_backward": plain, "loop": loop, "vmap": vmap}
+    for peer, make in {"opacus": _opacus, "backpack": _backpack}.items():
+        if find_spec(peer) and (function := make(copy.deepcopy(model), x, y)):
+            peers[peer] = function
+    large = samples == 128 or len(shape) == 2
+    versus(lambda: fisher_diagonal(model, [(x, y)]), rounds=3 if large else 7, **peers)
+
+
+def _opacus(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None] | None:
+    """The sum of squares of ``grad_sample``; parameters that belong to no layer it knows are frozen, in its favour."""
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return None  # it refuses them
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus import GradSampleModule
+
+        for module in model.modules():
+            if list(module.children()):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+        for module in model.modules():  # its hooks can not stand them
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        wrapped = GradSampleModule(model.train())  # it records in training mode alone
+
+    def run() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            F.cross_entropy(wrapped(x), y, reduction="sum").backward()
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.grad_sample.square().sum(0)
+                parameter.grad_sample = parameter.grad = None
+
+    return run
+
+
+def _backpack(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None] | None:
+    """``SumGradSquared``, for models in a ``Sequential`` of the layers that it knows."""
+    if not isinstance(model, nn.Sequential) or any(isinstance(module, nn.BatchNorm2d) for module in model):
+        return None
+    from backpack import backpack, extend
+    from backpack.extensions import SumGradSquared
+
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    extended, loss = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> None:
+        with backpack(SumGradSquared()):
+            loss(extended(x), y).backward()
+        for parameter in extended.parameters():
+            parameter.grad = None
+
+    return run
