@@ -23,13 +23,19 @@ def device() -> str:
 
 @pytest.fixture
 def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
-    """versus(ours, rounds=…, moved=bytes, peer=function, …): all in turn, ours through pytest-benchmark as well.
+    """versus(ours, rounds=…, peer=function, …): all in turn, ours through pytest-benchmark as well.
 
-    ``warm_up=False`` spares a peer that takes minutes its run beforehand.
+    ``moved`` bytes and ``flops`` are what ours can not do without; their rates are kept too. ``warm_up=False`` spares
+    a peer that takes minutes its run beforehand.
     """
 
     def run(
-        ours: Callable[[], Any], rounds: int = 7, moved: int = 0, warm_up: bool = True, **peers: Callable[[], Any]
+        ours: Callable[[], Any],
+        rounds: int = 7,
+        moved: int = 0,
+        flops: int = 0,
+        warm_up: bool = True,
+        **peers: Callable[[], Any],
     ) -> None:
         functions = {"ours": ours, **peers}
         times: dict[str, list[float]] = {name: [] for name in functions}
@@ -49,9 +55,12 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
         )
         if moved:
             benchmark.extra_info["gigabytes_per_second"] = moved / medians["ours"] / 1e9
+        if flops:
+            benchmark.extra_info["teraflops"] = flops / medians["ours"] / 1e12
         benchmark.pedantic(lambda: _timed(ours), rounds=rounds)
         cells = ", ".join(f"{name} {1e3 * t:.2f} ms ({t / medians['ours']:.2f}x)" for name, t in medians.items())
         rate = f" [{moved / medians['ours'] / 1e9:.1f} GB/s]" if moved else ""
+        rate += f" [{flops / medians['ours'] / 1e12:.3g} TFLOP/s]" if flops else ""
         _lines.append(f"{request.node.name}: {cells}{rate}")
 
     return run
