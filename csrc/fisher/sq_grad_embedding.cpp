@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "common/block_sum.h"
@@ -14,27 +15,73 @@
 namespace fastunlearn {
 namespace {
 
+// Sums over many rows of features, each in blocks (common/block_sum.h).
+template <typename T>
+class RowSum {
+ public:
+  explicit RowSum(int64_t features) : total_(features), block_(features) {}
+
+  // term(d) is what feature d grows by.
+  template <typename Term>
+  void add(const Term& term) {
+    T* const block = block_.data();
+    for (size_t d = 0; d < block_.size(); ++d) block[d] += term(d);
+    if (++count_ == kSumBlock) end_block();
+  }
+  // The sums, until the next clear().
+  const T* value() {
+    end_block();
+    return total_.data();
+  }
+  void clear() {
+    std::fill(total_.begin(), total_.end(), T(0));
+    std::fill(block_.begin(), block_.end(), T(0));
+    count_ = 0;
+  }
+
+ private:
+  void end_block() {
+    for (size_t d = 0; d < block_.size(); ++d) total_[d] += block_[d];
+    std::fill(block_.begin(), block_.end(), T(0));
+    count_ = 0;
+  }
+
+  std::vector<T> total_, block_;
+  int count_ = 0;
+};
+
 template <typename Scalar>
 void add_segment(const SqGradEmbeddingParams& params, int64_t place,
-                 std::vector<BlockSum<CpuAccumulator<Scalar>>>& sum) {
+                 RowSum<CpuAccumulator<Scalar>>& sum, RowSum<CpuAccumulator<Scalar>>& squares) {
   using Acc = CpuAccumulator<Scalar>;
   const SqGradEmbeddingShape& shape = params.shape;
   const int64_t id = params.sorted_ids[place];
   const int64_t count = shape.samples * shape.positions;
   Acc* row = static_cast<Acc*>(params.out) + id * shape.features;
-  std::vector<BlockSum<Acc>> squares(shape.features);
+  const Scalar* grads = static_cast<const Scalar*>(params.grad);
+  if (place + 1 == count || params.sorted_ids[place + 1] != id) {  // named once: most ids are
+    const Scalar* grad = grads + params.order[place] * shape.features;
+    for (int64_t d = 0; d < shape.features; ++d) {
+      const Acc g = widen(grad[d]);
+      row[d] += g * g;
+    }
+    return;
+  }
+  squares.clear();
   while (place < count && params.sorted_ids[place] == id) {
     const int64_t sample = params.order[place] / shape.positions;
-    sum.assign(shape.features, {});
+    sum.clear();
     for (; place < count && params.sorted_ids[place] == id; ++place) {
       const int64_t at = params.order[place];
       if (at / shape.positions != sample) break;
-      const Scalar* grad = static_cast<const Scalar*>(params.grad) + at * shape.features;
-      for (int64_t d = 0; d < shape.features; ++d) sum[d].add(widen(grad[d]));
+      const Scalar* grad = grads + at * shape.features;
+      sum.add([&](size_t d) { return widen(grad[d]); });
     }
-    for (int64_t d = 0; d < shape.features; ++d) squares[d].add(sum[d].value() * sum[d].value());
+    const Acc* gradient = sum.value();
+    squares.add([&](size_t d) { return gradient[d] * gradient[d]; });
   }
-  for (int64_t d = 0; d < shape.features; ++d) row[d] += squares[d].value();
+  const Acc* total = squares.value();
+  for (int64_t d = 0; d < shape.features; ++d) row[d] += total[d];
 }
 
 void sq_grad_embedding_cpu(const Tensor& out, const Tensor& indices, const Tensor& grad_output,
@@ -45,11 +92,11 @@ void sq_grad_embedding_cpu(const Tensor& out, const Tensor& indices, const Tenso
       door.grad.const_data_ptr(), out.mutable_data_ptr(), door.shape};
   dispatch_storage<CpuTypes>(door.grad.scalar_type(), [&]<typename Scalar>() {
     torch::stable::parallel_for(0, door.sorted_ids.numel(), 64, [&](int64_t begin, int64_t end) {
-      std::vector<BlockSum<CpuAccumulator<Scalar>>> sum;
+      RowSum<CpuAccumulator<Scalar>> sum(door.shape.features), squares(door.shape.features);
       for (int64_t place = begin; place < end; ++place) {
         const int64_t id = params.sorted_ids[place];
         if (id == door.shape.padding || (place > 0 && params.sorted_ids[place - 1] == id)) continue;
-        add_segment<Scalar>(params, place, sum);
+        add_segment<Scalar>(params, place, sum, squares);
       }
     });
   });
