@@ -100,7 +100,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
             reasons[name] = f"{type(module).__name__} computes attention in a forward of its own"
         elif _is_attention(module) and f"{name}.q".lstrip(".") not in slots:
             reasons[name] = "its input projection is computed from other parameters"
-        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)) or _is_transposed(module):
+        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)) or is_transposed(module):
             weight = module._parameters.get("weight")
             if id(module) not in covered and id(weight) not in covered:
                 reasons[name] = "its weight is computed from other parameters"
@@ -148,24 +148,24 @@ def layer_rows(module: nn.Module, input: Tensor, pick: Tensor | None = None) -> 
 
     Cost: no arithmetic; rows * groups * d elements written.
     """
-    if isinstance(module, nn.Linear) or _is_transposed(module):
+    if isinstance(module, nn.Linear) or is_transposed(module):
         rows = input.reshape(-1, input.shape[-1])
         return (rows if pick is None else rows[pick])[None]
     if not isinstance(module, _CONVOLUTIONS):
         raise TypeError(
             f"layer_rows knows Linear, Conv1d, Conv2d, Conv3d and Hugging Face's Conv1D, not {type(module).__name__}"
         )
-    windows = _windows(module, input)  # [N, *out, C, *kernel], a view
+    view = windows(padded_input(module, input), module.kernel_size, module.stride, module.dilation)
     axes = len(module.kernel_size)
-    positions, dim = windows.shape[: 1 + axes], module.weight[0].numel()
+    positions, dim = view.shape[: 1 + axes], module.weight[0].numel()
     if pick is None:
-        patches = windows.reshape(math.prod(positions), module.groups, dim)
+        patches = view.reshape(math.prod(positions), module.groups, dim)
     else:
         index: list[Tensor] = []
         for size in reversed(positions):
             index.insert(0, pick % size)
             pick = pick // size
-        patches = windows[tuple(index)].reshape(len(index[0]), module.groups, dim)
+        patches = view[tuple(index)].reshape(len(index[0]), module.groups, dim)
     return patches.transpose(0, 1)
 
 
@@ -207,7 +207,7 @@ def _slots(name: str, module: nn.Module) -> list[Slot]:
         return [Slot(name, name, module, f"{prefix}weight", weight)]
     if isinstance(module, _CONVOLUTIONS):
         return [Slot(name, name, module, f"{prefix}weight", weight, groups=module.groups)]
-    if _is_transposed(module):
+    if is_transposed(module):
         return [Slot(name, name, module, f"{prefix}weight", weight, "transposed")]
     return []
 
@@ -230,7 +230,7 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, a Linear with weight [in, out]."""
     return (
         any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
@@ -300,10 +300,8 @@ def padded_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Te
     return input
 
 
-def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:
-    """Every patch as a view: [N, *out, C, *kernel], sharing the (padded) input's memory."""
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    input = padded_input(module, input)
+def windows(input: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Every patch of padded images [N, C, *sizes] as a view: [N, *positions, C, *kernel], sharing their memory."""
     out = [
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(input.shape[2:], kernel, stride, dilation, strict=True)

@@ -1,0 +1,480 @@
+"""Every rule against one backward pass per sample, in float64, without the engine; the engine where they must agree."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastunlearn import uses as uses_module
+from fastunlearn.hooks import Call
+from fastunlearn.rules import Seen, applies, joinable, joined, rule_of, ruled_owners
+
+DOUBLE = torch.float64
+
+
+@dataclass
+class Called:
+    """One call on a batch. ``axes`` name the samples' axis per tensor given; an axis (0, h) holds h rows a sample."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    axes: tuple[Any, ...] = (0,)
+    out_axis: int = 0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    outputs: tuple[int, ...] = (0,)  # which of them the loss depends on
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            returned = self.module(*self.args, **self.kwargs)
+        every = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor)]
+        self.out_axes = (self.out_axis, *[0] * (len(every) - 1))
+        self.grads = tuple(torch.randn_like(t) if i in self.outputs else None for i, t in enumerate(every))
+
+    @property
+    def samples(self) -> int:
+        i = self.outputs[0]
+        grad = self.grads[i]
+        assert grad is not None
+        return grad.shape[self.out_axes[i]]
+
+    def seen(self) -> Seen:
+        plain = tuple(axis[0] if isinstance(axis, tuple) else axis for axis in self.axes)
+        return Seen(Call(self.module, self.args, self.kwargs, None), plain, self.out_axes, self.grads)
+
+    def loss(self, n: int, module: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Of sample n alone."""
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        axes = iter(self.axes)
+        known: dict[int, Tensor] = {}  # query is key must stay so
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                axis = next(axes)
+                if id(leaf) not in known:
+                    part = leaf
+                    if isinstance(axis, tuple):
+                        part = leaf.narrow(axis[0], n * axis[1], axis[1])
+                    elif axis is not None:
+                        part = leaf.narrow(axis, n, 1).contiguous()
+                    known[id(leaf)] = part.to(dtype) if dtype and part.is_floating_point() else part
+                leaves[i] = known[id(leaf)]
+        args, kwargs = tree_unflatten(leaves, structure)
+        returned = (module or self.module)(*args, **kwargs)
+        every = [t for t in tree_flatten(returned)[0] if isinstance(t, Tensor)]
+        return sum(
+            (t * g.narrow(axis, n, 1).to(t.dtype)).sum()
+            for t, g, axis in zip(every, self.grads, self.out_axes, strict=True)
+            if g is not None
+        )  # type: ignore[return-value]
+
+
+def all_modules(calls: Sequence[Called]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for i, module in enumerate(dict.fromkeys(call.module for call in calls)):
+        found.update((f"{i}.{name}", m) for name, m in module.named_modules())
+    return found
+
+
+def by_rules(*calls: Called) -> dict[str, Tensor]:
+    """Sums of squares by owner and name, with the engine's agreement on who answers for what."""
+    found: dict[str, Tensor] = {}
+    for owned in ruled_owners(all_modules(calls)).values():
+        parameter = owned[0][1].get_parameter(owned[0][2])
+        users = [(module, local) for _, module, local in owned]
+        made = [(call, local) for module, local in users for call in calls if call.module is module]
+        assert joinable(users, len(made))
+        out = torch.zeros_like(parameter, dtype=DOUBLE if parameter.dtype == DOUBLE else torch.float32)
+        with torch.no_grad():
+            every = []
+            for call, local in made:
+                rule = rule_of(call.module)
+                assert rule is not None
+                assert applies(call.module, call.seen().input_axes, call.out_axes)
+                every.append(rule(call.module, call.seen())[local])
+            for use in joined(every):
+                use.add_to(out)
+        found[f"{owned[0][0]}/{owned[0][2]}"] = out
+    return found
+
+
+def by_loop(*calls: Called) -> dict[str, Tensor]:
+    """The definition."""
+    owned = {f"{o[0][0]}/{o[0][2]}": o[0][1].get_parameter(o[0][2]) for o in ruled_owners(all_modules(calls)).values()}
+    found = {name: torch.zeros_like(p) for name, p in owned.items()}
+    for n in range(calls[0].samples):
+        loss = sum(call.loss(n) for call in calls)
+        grads = torch.autograd.grad(loss, list(owned.values()), materialize_grads=True, allow_unused=True)
+        for out, grad in zip(found.values(), grads, strict=True):
+            out += grad.square()
+    return found
+
+
+def assert_exact(*calls: Called) -> dict[str, Tensor]:
+    ours, loop = by_rules(*calls), by_loop(*calls)
+    assert ours.keys() == loop.keys()
+    for name in loop:
+        torch.testing.assert_close(ours[name], loop[name], rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+    return ours
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE)
+
+
+SEEDS = range(30)
+
+
+def seeded(seed: int) -> random.Random:
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+# ---- convolutions -----------------------------------------------------------------------------------------------
+
+
+def random_conv(rng: random.Random, axes: int) -> tuple[nn.Module, list[int]]:
+    """A convolution and an image size [C, *sizes] for it."""
+    groups = rng.choice([1, 1, 2, 3])
+    inside, outside = groups * rng.randint(1, 2), groups * rng.randint(1, 3)
+    kernel = [rng.randint(1, 3) for _ in range(axes)]
+    dilation = [rng.randint(1, 2) for _ in range(axes)]
+    padding: Any = rng.choice(["same", "valid", [rng.randint(0, 3) for _ in range(axes)]])
+    stride = [1 if padding == "same" else rng.randint(1, 3) for _ in range(axes)]
+    mode = rng.choice(["zeros", "circular", "reflect", "replicate"])
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    conv = cls(inside, outside, kernel, stride, padding, dilation, groups, rng.random() < 0.5, mode, dtype=DOUBLE)
+    return conv, [inside, *(rng.randint(5, 7) for _ in range(axes))]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_convolution(axes: int, seed: int) -> None:
+    rng = seeded(seed)
+    conv, size = random_conv(rng, axes)
+    assert_exact(Called(conv, (randn(rng.randint(1, 4), *size),)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("limit", [1, 1_000, 32 << 20])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("seed", SEEDS[:8])
+def test_convolution_used_twice_on_other_sizes(
+    axes: int, seed: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses_module, "CHUNK_BYTES", limit)
+    rng = seeded(100 + seed)
+    conv, size = random_conv(rng, axes)
+    assert_exact(Called(conv, (randn(3, *size),)), Called(conv, (randn(3, size[0], *(n + 1 for n in size[1:])),)))
+
+
+def random_transposed(rng: random.Random, axes: int) -> tuple[nn.Module, list[int]]:
+    groups = rng.choice([1, 1, 2, 3])
+    inside, outside = groups * rng.randint(1, 2), groups * rng.randint(1, 2)
+    kernel = [rng.randint(1, 3) for _ in range(axes)]
+    dilation = [rng.randint(1, 3) for _ in range(axes)]
+    stride = [rng.randint(1, 3) for _ in range(axes)]
+    padding = [rng.randint(0, 2) for _ in range(axes)]
+    extra = [rng.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True)]
+    cls = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    conv = cls(inside, outside, kernel, stride, padding, extra, groups, rng.random() < 0.5, dilation, dtype=DOUBLE)
+    return conv, [inside, *(rng.randint(5, 6) for _ in range(axes))]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_transposed_convolution(axes: int, seed: int) -> None:
+    rng = seeded(seed)
+    conv, size = random_transposed(rng, axes)
+    assert_exact(Called(conv, (randn(rng.randint(1, 4), *size),)))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_transposed_convolution_with_output_padding_above_its_stride(axes: int) -> None:
+    """Padding uncovers output positions behind the regular ones, and their gradients count."""
+    torch.manual_seed(0)
+    cls = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    conv = cls(2, 3, 3, stride=2, padding=2, output_padding=3, dilation=4, dtype=DOUBLE)
+    assert_exact(Called(conv, (randn(2, 2, *[4] * axes),)))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_transposed_convolution_of_a_given_output_size(axes: int) -> None:
+    torch.manual_seed(0)
+    cls = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    conv = cls(2, 3, 3, stride=3, padding=1, dtype=DOUBLE)
+    for size in (10, 11, 12):
+        assert_exact(Called(conv, (randn(2, 2, *[4] * axes),), kwargs={"output_size": [size] * axes}))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_tied_to_a_transposed_one(axes: int, groups: int) -> None:
+    torch.manual_seed(0)
+    down = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](4, 6, 3, stride=2, groups=groups, dtype=DOUBLE)
+    up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1](
+        6, 4, 3, stride=2, output_padding=1, groups=groups, dtype=DOUBLE
+    )
+    up.weight = down.weight
+    assert_exact(Called(down, (randn(3, 4, *[7] * axes),)), Called(up, (randn(3, 6, *[3] * axes),)))
+
+
+# ---- linear layers ----------------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """As transformers.pytorch_utils.Conv1D."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 5), (4, 2, 3, 5)])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(5, 3), lambda: nn.Linear(5, 3, bias=False), lambda: Conv1D(3, 5)])
+def test_linear(build: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    for axis in range(len(shape) - 1):
+        assert_exact(Called(build().double(), (randn(*shape),), (axis,), axis))
+
+
+def test_linear_used_twice_and_shared() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+    second.weight, second.bias = first.weight, first.bias
+    assert_exact(
+        Called(first, (randn(4, 5),)), Called(first, (randn(2, 4, 5),), (1,), 1), Called(second, (randn(4, 3, 5),))
+    )
+
+
+def test_lazy_linear_once_it_has_a_shape() -> None:
+    torch.manual_seed(0)
+    layer = nn.LazyLinear(3, dtype=DOUBLE)
+    layer(randn(2, 5))
+    assert_exact(Called(layer, (randn(4, 3, 5),)))
+
+
+@pytest.mark.parametrize("middle", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bilinear(middle: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Bilinear(3, 4, 5, bias, dtype=DOUBLE)
+    first = Called(layer, (randn(4, *middle, 3), randn(4, *middle, 4)), (0, 0))
+    named = Called(layer, (), (0, 0), kwargs={"input2": randn(4, *middle, 4), "input1": randn(4, *middle, 3)})
+    assert_exact(first)
+    assert_exact(named)
+    assert_exact(first, named)
+    second = (randn(2, 4, 3), randn(2, 4, 4))
+    assert_exact(Called(layer, second, (1, 1), 1))
+
+
+# ---- embeddings -------------------------------------------------------------------------------------------------
+
+
+def ids(*shape: int, of: int = 7) -> Tensor:
+    return torch.randint(of, shape)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2, -1])
+@pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 2, 3)])
+def test_embedding(shape: tuple[int, ...], padding_idx: int | None) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(7, 3, padding_idx, dtype=DOUBLE)
+    for axis in range(len(shape)):
+        assert_exact(Called(table, (ids(*shape),), (axis,), axis))
+    assert_exact(Called(table, (ids(*shape),)), Called(table, (ids(4, 5).int(),)))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("options", [("sum", False), ("sum", True), ("mean", False)])
+@pytest.mark.parametrize("limit", [1, 32 << 20])
+def test_embedding_bag(
+    options: tuple[str, bool], padding_idx: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uses_module, "CHUNK_BYTES", limit)
+    torch.manual_seed(0)
+    mode, weighted = options
+    table = nn.EmbeddingBag(7, 3, mode=mode, padding_idx=padding_idx, dtype=DOUBLE)
+    kwargs = {"per_sample_weights": randn(4, 6)} if weighted else {}
+    bags = ids(4, 6)
+    bags[0] = 2  # nothing but padding
+    call = Called(table, (bags,), (0,) * (1 + weighted), kwargs=kwargs)
+    assert_exact(call)
+    assert_exact(call, Called(table, (ids(4, 3),)))
+
+
+def test_bags_of_one_index_each_by_offsets() -> None:
+    torch.manual_seed(0)
+    table, weights = nn.EmbeddingBag(7, 3, mode="sum", padding_idx=1, dtype=DOUBLE), randn(5)
+    table_ids = ids(5)
+    flat = Called(table, (table_ids, torch.arange(5)), (0, 0, 0), kwargs={"per_sample_weights": weights})
+    rows = Called(table, (table_ids[:, None],), (0, 0), kwargs={"per_sample_weights": weights[:, None]})
+    rows.grads = flat.grads
+    torch.testing.assert_close(by_rules(flat), assert_exact(rows), rtol=1e-12, atol=0)
+
+
+def test_bags_of_several_indices_in_one_row_are_refused() -> None:
+    table = nn.EmbeddingBag(7, 3, mode="sum", dtype=DOUBLE)
+    call = Called(table, (ids(4), torch.tensor([0, 2, 2, 3])), (0, 0))
+    with pytest.raises(ValueError, match=r"give it input \[N, T\]"):
+        by_rules(call)
+
+
+@pytest.mark.parametrize("limit", [1, 32 << 20])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tables_tied_to_anything(seed: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings with and without padding, bags and linear layers of either orientation on one weight [7, 3]."""
+    monkeypatch.setattr(uses_module, "CHUNK_BYTES", limit)
+    rng = seeded(seed)
+
+    def one(kind: str) -> Called:
+        if kind == "embedding":
+            return Called(nn.Embedding(7, 3, rng.choice([None, 1]), dtype=DOUBLE), (ids(3, rng.randint(1, 6)),))
+        if kind == "bag":
+            return Called(nn.EmbeddingBag(7, 3, mode=rng.choice(["sum", "mean"]), dtype=DOUBLE), (ids(3, 4),))
+        if kind == "head":
+            return Called(nn.Linear(3, 7, dtype=DOUBLE), (randn(3, 3) if rng.random() < 0.3 else randn(3, 4, 3),))
+        return Called(Conv1D(3, 7).double(), (randn(3, 2, 7),))
+
+    kinds = ["embedding", rng.choice(["head", "swapped", "embedding", "bag"])]
+    kinds += rng.choices(["embedding", "bag", "head", "swapped"], k=rng.randint(0, 2))
+    calls = [one(kind) for kind in kinds]
+    for call in calls[1:]:
+        call.module.weight = calls[0].module.weight
+    assert_exact(*calls)
+
+
+def test_squares_of_a_tied_table_never_fall_below_zero() -> None:
+    """Where both uses cancel, what is left is rounding, and still a sum of squares."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(5, 8), nn.Linear(8, 5, bias=False)
+    head.weight = table.weight
+    looked_up, read = Called(table, (ids(64, 3, of=5),)), Called(head, (torch.randn(64, 8),))
+    # The head's gradient at row v is g_v x; give it to the embedding with the other sign.
+    (g,), (x,) = read.grads, read.args
+    counts = F.one_hot(looked_up.args[0], 5).sum(1).float()
+    row = -(g / counts.clamp(min=1)).gather(1, looked_up.args[0])
+    looked_up.grads = (row[..., None] * x[:, None],)
+    ours = next(iter(by_rules(looked_up, read).values()))
+    alone = next(iter(by_rules(read).values()))
+    assert (ours >= 0).all()
+    seen = counts.bool().all(0)
+    untouched = torch.einsum("nv,nd->vd", (g * (counts == 0)).square(), x.square())
+    assert (ours - untouched).abs().max() <= 1e-6 * alone.max()
+    assert seen.numel() == 5
+
+
+# ---- norms ------------------------------------------------------------------------------------------------------
+
+
+NORMS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {  # layer, input, the axes samples may lie on
+    "LayerNorm": (lambda: nn.LayerNorm(6), (4, 5, 6), (0, 1)),
+    "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False, eps=0.1), (4, 6), (0,)),
+    "LayerNorm over two axes": (lambda: nn.LayerNorm((5, 6)), (4, 3, 5, 6), (0, 1)),
+    "LayerNorm over all axes": (lambda: nn.LayerNorm((3, 5, 6), bias=False), (4, 3, 5, 6), (0,)),
+    "RMSNorm": (lambda: nn.RMSNorm(6), (4, 5, 6), (0, 1)),
+    "RMSNorm over two axes": (lambda: nn.RMSNorm((5, 6), eps=0.1), (3, 4, 5, 6), (0, 1)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 6, eps=0.1), (4, 6, 5), (0,)),
+    "GroupNorm of images": (lambda: nn.GroupNorm(3, 6), (4, 6, 3, 2), (0,)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3, affine=True), (4, 3, 5), (0,)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True, eps=0.1), (4, 3, 5, 2), (0,)),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(3, affine=True), (4, 3, 2, 2, 3), (0,)),
+    "InstanceNorm2d with statistics": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        (4, 3, 5, 2),
+        (0,),
+    ),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3, eps=0.1), (4, 3), (0,)),
+    "BatchNorm1d of sequences": (lambda: nn.BatchNorm1d(3), (4, 3, 5), (0,)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3, eps=1e-2), (4, 3, 5, 2), (0,)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 3), (0,)),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(3), (4, 3, 5), (0,)),
+}
+
+
+def moved(layer: nn.Module) -> nn.Module:
+    """In eval mode, no weight and no statistic as it was at the start."""
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2)
+    return layer.double().eval()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norm(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape, axes = NORMS[name]
+    layer = moved(build())
+    for axis in axes:
+        assert_exact(Called(layer, (randn(*shape) + 1,), (axis,), axis))
+    assert_exact(*(Called(layer, (randn(*shape) + 1,)) for _ in range(2)))
+
+
+def test_instance_norm_that_updates_its_statistics_normalises_by_the_instance() -> None:
+    torch.manual_seed(0)
+    layer = moved(nn.InstanceNorm1d(3, affine=True, track_running_stats=True)).train()
+    assert_exact(Called(layer, (randn(4, 3, 5),)))
+
+
+# ---- attention --------------------------------------------------------------------------------------------------
+
+
+def random_attention(rng: random.Random) -> Called:
+    heads, width = rng.choice([1, 2, 3]), 6
+    first = rng.random() < 0.5
+    separate = rng.random() < 0.4
+    layer = nn.MultiheadAttention(
+        width, heads, bias=rng.random() < 0.7, add_bias_kv=rng.random() < 0.4, add_zero_attn=rng.random() < 0.3,
+        kdim=5 if separate else None, vdim=4 if separate else None, batch_first=first, dtype=DOUBLE,
+    )  # fmt: skip
+    for parameter in layer.parameters():
+        parameter.data = randn(*parameter.shape) / 2
+    samples, length = rng.randint(1, 3), rng.randint(1, 4)
+    kind = "three" if separate else rng.choice(["self", "cross", "three"])
+    source = length if kind == "self" else rng.randint(1, 5)
+
+    def rows(length: int, width: int) -> Tensor:
+        return randn(samples, length, width) if first else randn(length, samples, width)
+
+    query = rows(length, width)
+    key = query if kind == "self" else rows(source, 5 if separate else width)
+    value = rows(source, 4 if separate else width) if kind == "three" else key
+    kwargs: dict[str, Any] = {"need_weights": rng.random() < 0.5, "average_attn_weights": rng.random() < 0.5}
+    axis = 0 if first else 1
+    axes: list[Any] = [axis] * 3
+    if rng.random() < 0.4:
+        hidden = torch.rand(samples, source) < 0.4
+        hidden[:, 0] = False
+        kwargs["key_padding_mask"] = hidden if rng.random() < 0.5 else hidden.double() * -1.5
+        axes.append(0)
+    kwargs["attn_mask"] = None
+    mask = rng.choice(["", "two axes", "three axes", "causal"])
+    if mask == "causal":
+        kwargs["attn_mask"] = torch.ones(length, source, dtype=torch.bool).triu(1)
+        kwargs["is_causal"] = True
+        axes.append(None)
+    elif mask:
+        shape = (length, source) if mask == "two axes" else (samples * heads, length, source)
+        blocked = torch.rand(shape) < 0.4
+        blocked[..., 0] = False
+        kwargs["attn_mask"] = blocked if rng.random() < 0.5 else randn(*shape)
+        axes.append(None if mask == "two axes" else (0, heads))
+    outputs = rng.choice([(0,), (0, 1), (1,)]) if kwargs["need_weights"] else (0,)
+    return Called(layer, (query, key, value), tuple(axes), axis, kwargs, outputs)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("seed", range(80))
+def test_attention(seed: int) -> None:
+    assert_exact(random_attention(seeded(seed)))
