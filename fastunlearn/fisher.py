@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import Call, device_of, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
-from fastunlearn.rules import Seen, applies, joinable, joined, rule_of
+from fastunlearn.rules import Seen, applies, joinable, joined, rule_of, ruled_owners
 
 Kind = Literal["empirical", "monte_carlo"]
 
@@ -256,12 +256,8 @@ def _parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
 
 def _make_plan(model: nn.Module, batch: Batch, loss_fn: LossFunction | None, targets: dict[str, nn.Parameter]) -> _Plan:
     probe = _probe(model, batch, loss_fn)
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     modules = dict(model.named_modules())
-    for name, module in modules.items():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((name, module, local))
+    owners = ruled_owners(modules)
     plan = _Plan({}, {}, targets)
     for name, parameter in targets.items():
         if not probe.edges[id(parameter)]:
