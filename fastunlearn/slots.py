@@ -6,7 +6,6 @@ which are slices of one parameter when all have the same width, and its output p
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastunlearn import attention
 from fastunlearn.hooks import Call
 
 Part = Literal["weight", "transposed", "q", "k", "v", "out"]
 Gather = Callable[[Tensor | None], Tensor]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
 
 
 @dataclass(frozen=True)
@@ -242,42 +241,22 @@ def is_transposed(module: nn.Module) -> bool:
 def _attention_input(slot: Slot, call: Call) -> tuple[Tensor, Tensor | None]:
     """What one projection of attention acts on, samples first [N, L, d], and the positions [N, L] not padded away."""
     module = cast(nn.MultiheadAttention, slot.module)
-    bound = _ATTENTION.bind(module, *call.args, **call.kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
+    given = attention.arguments(call)
     query, key, padding = given["query"], given["key"], given["key_padding_mask"]
-    batched = query.dim() == 3
-
-    def samples_first(x: Tensor) -> Tensor:
-        if not batched:
-            return x[None]
-        return x if module.batch_first else x.transpose(0, 1)
-
     keep = None
     if padding is not None and (slot.part in ("k", "v") or query is key):
         shown = ~padding if padding.dtype == torch.bool else ~torch.isneginf(padding)
-        keep = shown if batched else shown[None]
+        keep = shown if query.dim() == 3 else shown[None]
     if slot.part == "out":
         return _heads(module, given), keep
-    return samples_first(given[{"q": "query", "k": "key", "v": "value"}[slot.part]]), keep
+    return attention.samples_first(module, given[{"q": "query", "k": "key", "v": "value"}[slot.part]]), keep
 
 
 def _heads(module: nn.MultiheadAttention, given: dict[str, Any]) -> Tensor:
-    """The concatenated heads [N, L, E], by attention over again with the identity for its output projection."""
-    query, key, value = given["query"], given["key"], given["value"]
-    turn = query.dim() == 3 and module.batch_first
-    if turn:
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    weights = [cast(Tensor | None, getattr(module, f"{part}_proj_weight")) for part in "qkv"]
-    heads, _ = F.multi_head_attention_forward(
-        query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
-        module.bias_k, module.bias_v, module.add_zero_attn, 0.0,
-        torch.eye(module.embed_dim, dtype=query.dtype, device=query.device), None, training=False,
-        key_padding_mask=given["key_padding_mask"], need_weights=given["need_weights"],
-        attn_mask=given["attn_mask"], use_separate_proj_weight=not module._qkv_same_embed_dim,
-        q_proj_weight=weights[0], k_proj_weight=weights[1], v_proj_weight=weights[2], is_causal=given["is_causal"],
-    )  # fmt: skip
-    return heads.transpose(0, 1) if query.dim() == 3 else heads[None]
+    """The concatenated heads [N, L, E], by attention over again up to its output projection."""
+    inputs = [attention.samples_first(module, given[name]) for name in ("query", "key", "value")]
+    extra = attention.extra_keys(module, len(inputs[0]), inputs[0].dtype)
+    return attention.attend(module, *attention.projected(module, inputs), extra, given)[0]
 
 
 def padded_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class Channels:
             grad, *normalized = part()
             if normalized:
                 ops.sq_grad_affine(region, normalized[0], grad, self.channel_dim)
+                continue
+            positions = [axis for axis in range(1, grad.dim()) if axis != self.channel_dim % grad.dim()]
+            if positions and not grad.is_contiguous():  # the kernel would copy what is summed up here without
+                ops.sq_grad_bias(region, grad.sum(positions, dtype=out.dtype))
             else:
                 ops.sq_grad_bias(region, grad, self.channel_dim)
 
