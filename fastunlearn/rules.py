@@ -175,6 +175,15 @@ def _instance_norm(module: _InstanceNorm, seen: Seen) -> dict[str, Use]:
     return _affine(g, lambda: F.instance_norm(x, eps=module.eps), 1)
 
 
+def _prelu(module: nn.PReLU, seen: Seen) -> dict[str, Use]:
+    """The slope of what lies below zero, of a channel (the second axis) or of everything."""
+    x, g = seen.xg
+    if module.num_parameters == 1:
+        x, g = x.reshape(len(x), -1, 1), g.reshape(len(g), -1, 1)
+        return {"weight": Channels((lambda: (g, x.clamp(max=0)),))}
+    return {"weight": Channels((lambda: (g, x.clamp(max=0)),), 1)}
+
+
 def _embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
     x, g = seen.x, seen.g
     return {"weight": Table(lambda chunk: (x[chunk], g[chunk]), len(g), padding_idx=module.padding_idx)}
@@ -228,6 +237,7 @@ RULES: dict[type[nn.Module], tuple[Rule, str]] = {
     nn.InstanceNorm1d: (_instance_norm, "norm"),
     nn.InstanceNorm2d: (_instance_norm, "norm"),
     nn.InstanceNorm3d: (_instance_norm, "norm"),
+    nn.PReLU: (_prelu, "norm"),
     nn.Embedding: (_embedding, "rows"),
     nn.EmbeddingBag: (_embedding_bag, "rows"),
     nn.MultiheadAttention: (_attention, ""),
@@ -281,7 +291,8 @@ def applies(module: nn.Module, input_axes: Sequence[int | None], output_axes: Se
         return axis == 0 and set(input_axes) == {0}
     if isinstance(module, nn.Bilinear):
         return set(input_axes) == {axis}
-    return not isinstance(module, _CHANNELS_SECOND) or input_axes[0] == axis == 0
+    channels_second = isinstance(module, _CHANNELS_SECOND) or (isinstance(module, nn.PReLU) and len(module.weight) > 1)
+    return not channels_second or input_axes[0] == axis == 0
 
 
 def ruled_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, nn.Module, str]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastunlearn import uses as uses_module
+from fastunlearn.fisher import fisher_diagonal
 from fastunlearn.hooks import Call
 from fastunlearn.rules import Seen, applies, joinable, joined, rule_of, ruled_owners
 
@@ -104,15 +108,22 @@ def by_rules(*calls: Called) -> dict[str, Tensor]:
     return found
 
 
-def by_loop(*calls: Called) -> dict[str, Tensor]:
-    """The definition."""
-    owned = {f"{o[0][0]}/{o[0][2]}": o[0][1].get_parameter(o[0][2]) for o in ruled_owners(all_modules(calls)).values()}
-    found = {name: torch.zeros_like(p) for name, p in owned.items()}
+def by_loop(*calls: Called, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The definition; on a copy of everything in another dtype if one is given."""
+    modules = {module: module for module in all_modules(calls).values()}
+    if dtype is not None:
+        every = list(modules)
+        modules = dict(zip(every, (m.to(dtype) for m in copy.deepcopy(nn.ModuleList(every))), strict=True))
+    owned = {
+        f"{owners[0][0]}/{owners[0][2]}": modules[owners[0][1]].get_parameter(owners[0][2])
+        for owners in ruled_owners(all_modules(calls)).values()
+    }
+    found = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in owned.items()}
     for n in range(calls[0].samples):
-        loss = sum(call.loss(n) for call in calls)
+        loss = sum(call.loss(n, modules[call.module], dtype) for call in calls)
         grads = torch.autograd.grad(loss, list(owned.values()), materialize_grads=True, allow_unused=True)
         for out, grad in zip(found.values(), grads, strict=True):
-            out += grad.square()
+            out += grad.to(out.dtype).square()
     return found
 
 
@@ -369,10 +380,8 @@ def test_squares_of_a_tied_table_never_fall_below_zero() -> None:
     ours = next(iter(by_rules(looked_up, read).values()))
     alone = next(iter(by_rules(read).values()))
     assert (ours >= 0).all()
-    seen = counts.bool().all(0)
     untouched = torch.einsum("nv,nd->vd", (g * (counts == 0)).square(), x.square())
     assert (ours - untouched).abs().max() <= 1e-6 * alone.max()
-    assert seen.numel() == 5
 
 
 # ---- norms ------------------------------------------------------------------------------------------------------
@@ -399,6 +408,8 @@ NORMS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {  # layer, inp
     "BatchNorm1d of sequences": (lambda: nn.BatchNorm1d(3), (4, 3, 5), (0,)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(3, eps=1e-2), (4, 3, 5, 2), (0,)),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 3), (0,)),
+    "PReLU": (lambda: nn.PReLU(), (4, 3, 2), (0, 1)),
+    "PReLU of channels": (lambda: nn.PReLU(3), (4, 3, 2), (0,)),
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(3), (4, 3, 5), (0,)),
 }
 
@@ -417,7 +428,7 @@ def test_norm(name: str) -> None:
     build, shape, axes = NORMS[name]
     layer = moved(build())
     for axis in axes:
-        assert_exact(Called(layer, (randn(*shape) + 1,), (axis,), axis))
+        assert_exact(Called(layer, (randn(*shape) + 0.5,), (axis,), axis))
     assert_exact(*(Called(layer, (randn(*shape) + 1,)) for _ in range(2)))
 
 
@@ -478,3 +489,389 @@ def random_attention(rng: random.Random) -> Called:
 @pytest.mark.parametrize("seed", range(80))
 def test_attention(seed: int) -> None:
     assert_exact(random_attention(seeded(seed)))
+
+
+def test_attention_used_on_itself_and_on_another_sequence() -> None:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(6, 2, batch_first=True, dtype=DOUBLE)
+    x, y = randn(3, 4, 6), randn(3, 2, 6)
+    assert_exact(Called(layer, (x, x, x), (0, 0, 0)), Called(layer, (x, y, y), (0, 0, 0)))
+
+
+def test_attention_without_a_batch_is_refused() -> None:
+    layer = nn.MultiheadAttention(6, 2, dtype=DOUBLE)
+    x = randn(4, 6)
+    with pytest.raises(ValueError, match="without a batch"), torch.no_grad():
+        rule = rule_of(layer)
+        assert rule is not None
+        seen = Called(layer, (x, x, x), (0, 0, 0)).seen()
+        rule(layer, seen)["in_proj_weight"].add_to(torch.zeros(18, 6, dtype=DOUBLE))
+
+
+# ---- low precision ----------------------------------------------------------------------------------------------
+
+
+def tied_pair() -> list[Called]:
+    table, head = nn.Embedding(9, 16), nn.Linear(16, 9, bias=False)
+    head.weight = table.weight
+    return [Called(table, (ids(24, 5, of=9),)), Called(head, (torch.randn(24, 4, 16),))]
+
+
+def self_attention() -> list[Called]:
+    x = torch.randn(8, 12, 16)
+    return [
+        Called(nn.MultiheadAttention(16, 2, batch_first=True), (x, x, x), (0, 0, 0), kwargs={"need_weights": False})
+    ]
+
+
+LOW: dict[str, Any] = {
+    "linear": lambda: [Called(nn.Linear(24, 16), (torch.randn(32, 20, 24),))],
+    "linear, one position": lambda: [Called(nn.Linear(24, 16), (torch.randn(64, 24),))],
+    "convolution": lambda: [Called(nn.Conv2d(6, 8, 3, padding=1), (torch.randn(16, 6, 12, 12),))],
+    "transposed convolution": lambda: [Called(nn.ConvTranspose2d(6, 8, 3, 2), (torch.randn(16, 6, 7, 7),))],
+    "convolution in three dimensions": lambda: [Called(nn.Conv3d(3, 4, 3), (torch.randn(8, 3, 7, 7, 7),))],
+    "layer norm": lambda: [Called(nn.LayerNorm(24), (torch.randn(32, 20, 24),))],
+    "layer norm, samples second": lambda: [Called(nn.LayerNorm(24), (torch.randn(20, 32, 24),), (1,), 1)],
+    "RMS norm": lambda: [Called(nn.RMSNorm(24), (torch.randn(32, 20, 24),))],
+    "group norm": lambda: [Called(nn.GroupNorm(2, 8), (torch.randn(16, 8, 6, 6),))],
+    "bilinear": lambda: [Called(nn.Bilinear(9, 8, 7), (torch.randn(32, 5, 9), torch.randn(32, 5, 8)), (0, 0))],
+    "embedding": lambda: [Called(nn.Embedding(9, 16), (ids(24, 20, of=9),))],
+    "bag": lambda: [Called(nn.EmbeddingBag(9, 16, mode="mean"), (ids(24, 7, of=9),))],
+    "embedding tied to the head": tied_pair,
+    "attention": self_attention,
+}
+
+
+def lowered(calls: list[Called], dtype: torch.dtype) -> list[Called]:
+    """In ``dtype``: weights, inputs and gradients."""
+    nn.ModuleList([call.module for call in calls]).to(dtype)
+    for call in calls:
+        call.args = tuple(t.to(dtype) if t.is_floating_point() else t for t in call.args)
+        if len(call.args) == 3:
+            call.args = (call.args[0],) * 3
+        call.grads = tuple(None if g is None else g.to(dtype) for g in call.grads)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOW)
+def test_error_is_at_most_twice_that_of_a_loop_in_the_same_dtype(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    calls = lowered(LOW[name](), dtype)
+    ours, loop, exact = by_rules(*calls), by_loop(*calls), by_loop(*calls, dtype=DOUBLE)
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    for parameter in exact:
+        norm = exact[parameter].norm()
+        mine, theirs = ((values[parameter] - exact[parameter]).norm() / norm for values in (ours, loop))
+        assert mine <= 2 * theirs + torch.finfo(torch.float32).eps, parameter
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage, in bytes, that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_flatten(result)[0]:
+            if isinstance(t, Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return result
+
+
+def twice(module: nn.Module, *inputs: Tensor) -> list[Called]:
+    return [Called(module, (x,)) for x in inputs]
+
+
+def large_tied_pair() -> list[Called]:
+    table, head = nn.Embedding(1000, 64), nn.Linear(64, 1000, bias=False)
+    head.weight = table.weight
+    return [Called(table, (ids(64, 4, of=1000),)), Called(head, (torch.randn(64, 4, 64),))]
+
+
+def wide_attention() -> list[Called]:
+    x = torch.randn(64, 4, 256)
+    return [Called(nn.MultiheadAttention(256, 4, batch_first=True), (x, x, x), (0, 0, 0))]
+
+
+MEMORY: dict[str, Any] = {
+    "linear": lambda: [Called(nn.Linear(512, 512), (torch.randn(64, 512),))],
+    "linear used twice": lambda: twice(nn.Linear(512, 512), torch.randn(64, 512), torch.randn(64, 2, 512)),
+    "bilinear": lambda: [Called(nn.Bilinear(64, 64, 64), (torch.randn(64, 64), torch.randn(64, 64)), (0, 0))],
+    "convolution": lambda: [Called(nn.Conv2d(64, 64, 3), (torch.randn(64, 64, 4, 4),))],
+    "convolution used twice": lambda: twice(nn.Conv2d(64, 64, 3), torch.randn(64, 64, 4, 4), torch.randn(64, 64, 3, 3)),
+    "convolution in three dimensions": lambda: [Called(nn.Conv3d(32, 32, 3), (torch.randn(64, 32, 4, 4, 4),))],
+    "transposed convolution": lambda: [Called(nn.ConvTranspose2d(64, 64, 3), (torch.randn(64, 64, 2, 2),))],
+    "embedding": lambda: [Called(nn.Embedding(1000, 64), (ids(64, 4, of=1000),))],
+    "embedding tied to the head": large_tied_pair,
+    "attention": wide_attention,
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_no_rule_holds_a_gradient_per_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is larger than a parameter, what was recorded, or a chunk: an eighth of a gradient per sample."""
+    torch.manual_seed(0)
+    chunk = 1 << 19
+    monkeypatch.setattr(uses_module, "CHUNK_BYTES", chunk)
+    calls = MEMORY[name]()
+    parameters = [p for module in {call.module for call in calls} for p in module.parameters()]
+    recorded = sum(t.nbytes for call in calls for t in (*call.args, *call.grads) if t is not None)
+    bound = max(chunk, recorded, *(p.nbytes for p in parameters))
+    assert calls[0].samples * max(p.nbytes for p in parameters) > 8 * bound
+    with Largest() as largest:
+        by_rules(*calls)
+    assert largest.bytes <= bound
+
+
+# ---- which modules have a rule, and who answers for what ----------------------------------------------------------
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
+class Standardised(nn.Conv2d):
+    """Has the forward of its class, and another convolution beneath it."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class OwnConv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
+def replaced_forward() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda x: F.linear(x, layer.weight) ** 2  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: OwnForward(3, 3),
+        lambda: Standardised(2, 2, 3),
+        lambda: OwnConv1D(3, 3),
+        replaced_forward,
+        lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
+        lambda: nn.EmbeddingBag(5, 3, scale_grad_by_freq=True),
+        lambda: nn.EmbeddingBag(5, 3, mode="max"),
+        lambda: nn.EmbeddingBag(5, 3, max_norm=1.0),
+        lambda: nn.MultiheadAttention(4, 2, dropout=0.1),
+        lambda: nn.LSTM(3, 3),
+        nn.Sequential,
+    ],
+)
+def test_what_is_not_its_class_or_not_independent_has_no_rule(build: Any) -> None:
+    assert rule_of(build()) is None
+
+
+def test_dropout_of_attention_counts_only_while_training() -> None:
+    assert rule_of(nn.MultiheadAttention(4, 2, dropout=0.1).eval()) is not None
+
+
+def test_attention_answers_for_its_output_projection() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    owners = ruled_owners(dict(nn.Sequential(attention).named_modules()))
+    assert owners[id(attention.out_proj.weight)] == [("0", attention, "out_proj.weight")]
+    assert owners[id(attention.in_proj_bias)] == [("0", attention, "in_proj_bias")]
+
+
+def test_a_subclass_of_attention_leaves_its_output_projection_to_itself() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out_proj(x)
+
+    attention = Own(4, 2)
+    owners = ruled_owners(dict(attention.named_modules()))
+    assert owners[id(attention.out_proj.weight)] == [("out_proj", attention.out_proj, "weight")]
+
+
+def test_uses_without_a_sum_in_common_are_not_joinable() -> None:
+    conv, groups = nn.Conv2d(4, 4, 3), nn.Conv2d(8, 4, 3, groups=2)
+    assert joinable([(conv, "weight"), (conv, "weight")], 2)
+    assert not joinable([(conv, "weight"), (groups, "weight")], 2)
+    assert not joinable([(nn.LayerNorm(4), "weight"), (nn.Linear(4, 4), "bias")], 2)
+    assert not joinable([(nn.MultiheadAttention(4, 2), "in_proj_weight"), (nn.Linear(4, 12), "weight")], 2)
+    assert not joinable([(nn.Linear(4, 4), "weight_v")], 1)
+
+
+def test_samples_on_an_axis_of_positions_are_left_to_the_engine() -> None:
+    """A convolution or a norm would mix them there; where a kernel of one does not, they are differentiated alone."""
+    assert not applies(nn.Conv1d(2, 2, 1), (2,), (2,))
+    assert not applies(nn.GroupNorm(1, 2), (2,), (2,))
+    assert not applies(nn.BatchNorm1d(2), (2,), (2,))
+    assert not applies(nn.MultiheadAttention(4, 2), (0, None, None), (0,))
+    assert not applies(nn.Linear(2, 2), (None,), (0,))
+    assert applies(nn.Linear(2, 2), (1,), (1,))
+
+
+# ---- with the engine --------------------------------------------------------------------------------------------
+
+
+def engine_equals_loop(model: nn.Module, inputs: Tensor) -> None:
+    """No fallback: a layer without a kernel would warn."""
+    model = model.double()
+    targets = torch.randn_like(model(inputs))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * targets).flatten(1).sum(1)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no kernel for")
+        fisher = fisher_diagonal(model, [(inputs, targets)], loss)
+    named = dict(model.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in named.items()}
+    for n in range(len(inputs)):
+        value = loss(model(inputs[n : n + 1]), targets[n : n + 1]).sum()
+        for out, grad in zip(expected.values(), torch.autograd.grad(value, list(named.values())), strict=True):
+            out += grad.square() / len(inputs)
+    for name in expected:
+        torch.testing.assert_close(
+            fisher[name], expected[name], rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+class Then(nn.Module):
+    """Any function of modules."""
+
+    def __init__(self, run: Any, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def tied(run: Any, **modules: nn.Module) -> nn.Module:
+    """All with the weight of the first."""
+    first, *others = modules.values()
+    for other in others:
+        other.weight = first.weight
+    return Then(run, **modules)
+
+
+def attended(query: Any, **options: Any) -> nn.Module:
+    """Attention of a query made from x [N, 5, 6] and of x, samples second inside unless told otherwise."""
+    first = options.get("batch_first", False)
+    swap = (lambda t: t) if first else (lambda t: t.transpose(0, 1))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return swap(m.attention(*query(swap(x), swap(x[:, :2]).tanh()), need_weights=False)[0])
+
+    return Then(run, attention=nn.MultiheadAttention(6, 2, **options))
+
+
+ENGINE: dict[str, Any] = {
+    # Cases in which other libraries are silently wrong.
+    "padding same": lambda: (nn.Conv2d(3, 4, (2, 4), padding="same"), randn(3, 3, 5, 6)),
+    "padding same, dilated": lambda: (nn.Conv2d(3, 4, 2, padding="same", dilation=3), randn(3, 3, 5, 6)),
+    "circular padding": lambda: (nn.Conv2d(3, 4, 3, padding=2, padding_mode="circular"), randn(3, 3, 5, 6)),
+    "reflect padding": lambda: (nn.Conv1d(3, 4, 3, padding=2, padding_mode="reflect"), randn(3, 3, 5)),
+    "replicate padding": lambda: (nn.Conv3d(3, 4, 2, padding=1, padding_mode="replicate"), randn(3, 3, 4, 3, 3)),
+    "depthwise": lambda: (nn.Conv2d(4, 8, 3, groups=4), randn(3, 4, 5, 6)),
+    "tied linear layers": lambda: (
+        tied(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
+        randn(3, 4),
+    ),
+    "embedding tied to its head": lambda: (
+        tied(lambda m, x: m.b(m.a(x).tanh()), a=nn.Embedding(7, 4), b=nn.Linear(4, 7)),
+        ids(3, 5),
+    ),
+    "padding index": lambda: (nn.Embedding(7, 3, padding_idx=2), ids(4, 6)),
+    "layer norm without bias": lambda: (nn.LayerNorm(6, bias=False), randn(3, 5, 6)),
+    "layer norm over positions": lambda: (nn.LayerNorm(6), randn(3, 8, 6)),
+    "linear over positions": lambda: (nn.Linear(6, 4), randn(3, 8, 6)),
+    "linear on four axes": lambda: (nn.Linear(6, 4), randn(3, 2, 4, 6)),
+    "batch norm with another eps": lambda: (moved(nn.BatchNorm2d(3, eps=0.1)), randn(4, 3, 4, 4)),
+    "group norm": lambda: (nn.GroupNorm(2, 4), randn(3, 4, 5)),
+    "RMS norm": lambda: (nn.RMSNorm(6), randn(3, 5, 6)),
+    "three dimensions": lambda: (nn.Conv3d(2, 3, 2), randn(3, 2, 4, 3, 3)),
+    # What else has a rule.
+    "transposed": lambda: (nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), randn(3, 3, 4, 4)),
+    "convolution used twice": lambda: (
+        Then(lambda m, x: m.a(m.a(x).tanh()).flatten(1), a=nn.Conv2d(3, 3, 2, stride=2)),
+        randn(3, 3, 8, 9),
+    ),
+    "tied autoencoder": lambda: (
+        tied(lambda m, x: m.b(m.a(x).tanh()), a=nn.Conv2d(3, 4, 3), b=nn.ConvTranspose2d(4, 3, 3)),
+        randn(3, 3, 6, 6),
+    ),
+    "bag": lambda: (nn.EmbeddingBag(7, 3, padding_idx=0), ids(4, 5)),
+    "two tables": lambda: (
+        tied(lambda m, x: m.a(x[:, :2]) * m.b(x[:, 2:4]), a=nn.Embedding(7, 3), b=nn.Embedding(7, 3, padding_idx=1)),
+        ids(4, 5),
+    ),
+    "bilinear": lambda: (Then(lambda m, x: m.a(x, x.tanh()), a=nn.Bilinear(4, 4, 3)), randn(3, 5, 4)),
+    "Conv1D": lambda: (Conv1D(3, 4), randn(3, 5, 4)),
+    "instance norm": lambda: (nn.InstanceNorm2d(3, affine=True), randn(3, 3, 4, 4)),
+    "PReLU": lambda: (nn.PReLU(3), randn(3, 3, 4)),
+    "self-attention": lambda: (attended(lambda x, y: (x, x, x)), randn(3, 5, 6)),
+    "self-attention, samples first": lambda: (attended(lambda x, y: (x, x, x), batch_first=True), randn(3, 5, 6)),
+    "attention on another sequence": lambda: (attended(lambda x, y: (x, y, y)), randn(3, 5, 6)),
+    "attention of three": lambda: (attended(lambda x, y: (x, y, y.tanh()), bias=False), randn(3, 5, 6)),
+    "attention with learned keys": lambda: (
+        attended(lambda x, y: (x, y, y), add_bias_kv=True, add_zero_attn=True, batch_first=True),
+        randn(3, 5, 6),
+    ),
+    "attention with weights of their own": lambda: (
+        attended(lambda x, y: (x, y, y), kdim=6, vdim=6, batch_first=True),
+        randn(3, 5, 6),
+    ),
+    "attention weights in the loss": lambda: (
+        Then(lambda m, x: torch.cat(m.a(x, x, x), 2), a=nn.MultiheadAttention(6, 2, batch_first=True)),
+        randn(3, 5, 6),
+    ),
+    "transformer": lambda: (
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 2, enable_nested_tensor=False
+        ).eval(),
+        randn(3, 5, 6),
+    ),
+    "decoder": lambda: (
+        Then(
+            lambda m, x: m.a(x, x[:, :3].tanh(), tgt_mask=nn.Transformer.generate_square_subsequent_mask(5).to(x)),
+            a=nn.TransformerDecoderLayer(6, 2, 8, batch_first=True).eval(),
+        ),
+        randn(3, 5, 6),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", ENGINE)
+def test_engine_and_rules_agree(name: str) -> None:
+    torch.manual_seed(0)
+    engine_equals_loop(*ENGINE[name]())
+
+
+def test_a_weight_computed_from_others_is_differentiated_sample_by_sample() -> None:
+    """weight_g and weight_v lie on a Linear whose rule does not know them."""
+    torch.manual_seed(0)
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(4, 3)).double()
+    x, y = randn(3, 4), torch.tensor([0, 2, 1])
+    with pytest.warns(UserWarning, match="no kernel for"):
+        fisher = fisher_diagonal(layer, [(x, y)])
+    expected = torch.zeros_like(layer.weight_g)
+    for n in range(3):
+        loss = F.cross_entropy(layer(x[n : n + 1]), y[n : n + 1])
+        expected += torch.autograd.grad(loss, layer.weight_g)[0].square() / 3
+    torch.testing.assert_close(fisher["weight_g"], expected, rtol=1e-9, atol=1e-14)
+
+
+def test_dropout_in_attention_is_refused_by_name() -> None:
+    model = attended(lambda x, y: (x, x, x), dropout=0.1, batch_first=True).double()
+    with pytest.raises(ValueError, match=r"attention .*drops units at random"):
+        fisher_diagonal(model, [(randn(3, 5, 6), torch.zeros(3, 5, dtype=torch.long))], lambda o, t: o.sum((1, 2)))
