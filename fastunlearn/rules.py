@@ -205,7 +205,7 @@ def _embedding_bag(module: nn.EmbeddingBag, seen: Seen) -> dict[str, Use]:
         ids, grads = indices[chunk], g[chunk, None].to(_wide(g))
         if module.mode == "mean":
             counted = torch.ones_like(ids) if module.padding_idx is None else ids != module.padding_idx
-            grads = grads / counted.sum(1).clamp(min=1)[:, None, None]
+            grads = grads / counted.sum(1)[:, None, None]  # 0 / 0 of a bag of padding is never added
         if weights is not None:
             grads = grads * weights[chunk].detach()[..., None]
         return ids, grads.expand(*ids.shape, -1)

@@ -222,17 +222,17 @@ class Patches:
     def positions(self) -> int:
         return math.prod(self.planes.shape[2:])
 
-    def unfolded(self, samples: slice, channels: slice) -> Tensor:
-        """The patches [n, channels * kernel positions, T]."""
+    def unfold(self, samples: slice, channels: slice, out: Tensor) -> None:
+        """Write the patches to ``out`` [n, channels * kernel positions, T]."""
         image = self.image[samples, channels]
         if self.pad is not None:
             image = self.pad(image)
         if any(self.padding):
             image = F.pad(image, [p for p in reversed(self.padding) for _ in range(2)])
         axes = len(self.kernel)
-        view = windows(image, self.kernel, self.stride, self.dilation)  # [n, *positions, c, *kernel]
-        view = view.permute(0, *range(1 + axes, 2 + 2 * axes), *range(1, 1 + axes))
-        return view.reshape(len(image), -1, self.positions)
+        patches = windows(image, self.kernel, self.stride, self.dilation)  # [n, *positions, c, *kernel]
+        patches = patches.permute(0, *range(1 + axes, 2 + 2 * axes), *range(1, 1 + axes))
+        out.view(patches.shape).copy_(patches)
 
 
 @dataclass(frozen=True)
@@ -246,33 +246,44 @@ class JoinedPatches:
 
 
 def _add_unfolded(out: Tensor, uses: Sequence[Patches]) -> None:
-    """Patches written out, for a few samples or, of one sample, a few channels at a time; then a 1 x 1 convolution.
+    """Patches written out, for a few samples or, of one sample, some groups or channels at a time; then a 1 x 1
+    convolution of images of height one.
 
-    Cost: the products of the kernel; every patch is written once, and never more than ``CHUNK_BYTES`` at a time,
-    unless one channel's patches of one sample are larger.
+    Cost: the products of the kernel; every patch is written once, never more than ``CHUNK_BYTES`` at a time, unless
+    one channel's patches of one sample are larger.
     """
     groups, taps = uses[0].groups, math.prod(uses[0].kernel)
     weight = out.view(groups, -1, out.shape[1], taps)  # [G, P, C, kernel positions]
-    each = sum(use.positions for use in uses) * taps * uses[0].image.element_size()  # bytes of a channel of a sample
-    samples = uses[0].image.shape[0]
+    image, positions = uses[0].image, sum(use.positions for use in uses)
+    each = positions * taps * image.element_size()  # bytes of a channel of a sample
 
     def add(region: Tensor, channels: slice, planes: slice, groups: int) -> None:
         """To a region [G * P, C, kernel positions]."""
-        for chunk in _chunks(samples, each * (channels.stop - channels.start)):
-            patches = [use.unfolded(chunk, channels) for use in uses]
+        width = channels.stop - channels.start
+        for chunk in _chunks(image.shape[0], each * width):
+            patches = image.new_empty(chunk.stop - chunk.start, width * taps, positions)
+            at = 0
+            for use in uses:
+                use.unfold(chunk, channels, patches[..., at : at + use.positions])
+                at += use.positions
             met = [use.planes[chunk, planes].flatten(2) for use in uses]
-            image, grads = (t[0] if len(t) == 1 else torch.cat(t, 2) for t in (patches, met))
-            ops.sq_grad_conv2d(region.flatten(1)[..., None, None], image[:, :, None], grads[:, :, None], groups=groups)
+            grads = met[0] if len(met) == 1 else torch.cat(met, 2)
+            ops.sq_grad_conv2d(
+                region.flatten(1)[..., None, None], patches[:, :, None], grads[:, :, None], groups=groups
+            )  # fmt: skip
 
     _, rows, width, _ = weight.shape
-    if each * groups * width <= CHUNK_BYTES:
-        add(weight.flatten(0, 1), slice(0, groups * width), slice(0, groups * rows), groups)
+    if step := min(groups, CHUNK_BYTES // (each * width)):
+        for first in range(0, groups, step):
+            last = min(groups, first + step)
+            channels, planes = slice(first * width, last * width), slice(first * rows, last * rows)
+            add(weight[first:last].flatten(0, 1), channels, planes, last - first)
         return
     step = max(1, CHUNK_BYTES // each)
     for group in range(groups):
         for start in range(0, width, step):
             stop = min(width, start + step)
-            part = weight[group, :, start:stop].new_zeros(rows, stop - start, taps)
+            part = weight.new_zeros(rows, stop - start, taps)  # operators write to contiguous tensors
             channels = slice(group * width + start, group * width + stop)
             add(part, channels, slice(group * rows, (group + 1) * rows), 1)
             weight[group, :, start:stop] += part
