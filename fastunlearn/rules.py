@@ -1,8 +1,8 @@
 """What a layer's inputs and output gradients say about each of its parameters: one rule per layer type.
 
 A rule turns one recorded call, :class:`Seen`, into a :class:`~fastunlearn.uses.Use` for every parameter of the layer.
-It computes nothing: what a use needs beyond views of the recorded tensors is computed when it is added, once per
-call of the rule where several uses need the same.
+It computes nothing but autocast's cast of the input: what a use needs beyond views of the recorded tensors is computed
+when it is added, and once per call of the rule where several uses need the same. So call a rule once per record.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def _conv(module: _ConvNd, seen: Seen) -> dict[str, Use]:
 def _conv_transpose(module: _ConvTransposeNd, seen: Seen) -> dict[str, Use]:
     """The gradient of a convolution with its input and its output gradient in each other's place.
 
-    Output padding below the stride adds output positions that the kernel never reaches the end of. From the stride
-    on (dilation may be larger), the sliding kernel would find more positions than there are inputs, so what it slides
-    over is cut to just as many.
+    Output padding below the stride does not change how many positions the kernel has to slide over. From the stride
+    on, which torch allows where the dilation is larger, there would be more of them than inputs; then padding is
+    written out at the front, and what the last input does not reach is cut off at the end.
     """
     x, g = seen.xg
     kernel, stride, dilation, groups = _geometry(module)

@@ -861,6 +861,48 @@ ENGINE: dict[str, Any] = {
 }
 
 
+class Mixed(nn.Module):
+    """Layers of most kinds, of which autocast lowers some."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self.conv, self.norm, self.slope = nn.Conv1d(4, 16, 3, padding=1), nn.LayerNorm(16), nn.PReLU()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.head = nn.ConvTranspose1d(16, 8, 2, 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = self.slope(self.norm(self.conv(x).mT))
+            x = x + self.attention(x, x, x)[0]
+            return self.head(self.up(x.mT).mT)
+
+
+def test_error_under_autocast_is_at_most_twice_that_of_a_loop() -> None:
+    torch.manual_seed(0)
+    model, x, y = Mixed(True), torch.randn(12, 4, 10), torch.randn(12, 20, 5)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.to(targets.dtype) * targets).sum((1, 2))
+
+    def loop(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        named = dict(model.named_parameters())
+        grads = [
+            torch.autograd.grad(loss(model(x[n : n + 1]), y[n : n + 1]).sum(), list(named.values())) for n in range(12)
+        ]
+        return {name: torch.stack([g[i] for g in grads]).square().mean(0) for i, name in enumerate(named)}
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no kernel for")
+        ours = fisher_diagonal(model, [(x, y)], loss)
+    theirs = loop(model, x, y)
+    exact = Mixed(False).double()
+    exact.load_state_dict(model.state_dict())
+    for name, value in loop(exact, x.double(), y.double()).items():
+        mine, other = ((values[name] - value).norm() / value.norm() for values in (ours, theirs))
+        assert mine <= 2 * other, name
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", ENGINE)
 def test_engine_and_rules_agree(name: str) -> None:
