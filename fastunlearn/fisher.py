@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import Call, device_of, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
-from fastunlearn.rules import Seen, joinable, joined, rule_of
+from fastunlearn.rules import Seen, applies, joinable, joined, rule_of, ruled_owners
 
 Kind = Literal["empirical", "monte_carlo"]
 
@@ -256,12 +256,8 @@ def _parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
 
 def _make_plan(model: nn.Module, batch: Batch, loss_fn: LossFunction | None, targets: dict[str, nn.Parameter]) -> _Plan:
     probe = _probe(model, batch, loss_fn)
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     modules = dict(model.named_modules())
-    for name, module in modules.items():
-        for local, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((name, module, local))
+    owners = ruled_owners(modules)
     plan = _Plan({}, {}, targets)
     for name, parameter in targets.items():
         if not probe.edges[id(parameter)]:
@@ -289,7 +285,7 @@ def _ruled_uses(
         unit = probe.unit(name, module)
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             raise ValueError(f"{name} is an Embedding with max_norm, whose forward pass rewrites its weights")
-        if unit is None or rule_of(module) is None or None in unit.input_axes or len(unit.output_axes) != 1:
+        if unit is None or rule_of(module) is None or not applies(module, unit.input_axes, unit.output_axes):
             return None
         uses.append((unit, local))
         calls += len(probe.calls[1][module])
@@ -413,8 +409,8 @@ def _add_ruled(out: Tensor, users: Sequence[tuple[_Unit, str]], records: Mapping
         rule = rule_of(unit.module)
         assert rule is not None  # the plan gave it one
         for record in records[unit.module]:
-            if record.grads[0] is None:
-                continue  # the loss does not depend on this output
+            if all(grad is None for grad in record.grads):
+                continue  # the loss does not depend on what this call returned
             seen = Seen(record.call, unit.input_axes, unit.output_axes, tuple(record.grads))
             uses.append(rule(unit.module, seen)[local])
     for use in joined(uses) if uses else ():

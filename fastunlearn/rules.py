@@ -1,23 +1,31 @@
 """What a layer's inputs and output gradients say about each of its parameters: one rule per layer type.
 
-A rule turns one recorded call, :class:`Seen`, into a :class:`Use` for every parameter of the layer: an accumulating
-kernel of :mod:`fastunlearn.ops` with its tensors. Several uses of one parameter are joined before they are squared.
+A rule turns one recorded call, :class:`Seen`, into a :class:`~fastunlearn.uses.Use` for every parameter of the layer.
+It computes nothing but autocast's cast of the input: what a use needs beyond views of the recorded tensors is computed
+when it is added, and once per call of the rule where several uses need the same. So call a rule once per record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fastunlearn import ops
+from fastunlearn.attention_rule import attention_uses
 from fastunlearn.hooks import Call
+from fastunlearn.slots import is_transposed, padded_input
+from fastunlearn.uses import Channels, Patches, Rows, Table, Use, bias, joined
+
+__all__ = ["RULES", "Rule", "Seen", "Use", "applies", "joinable", "joined", "rule_of", "ruled_owners"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Seen:
         input_axes: per tensor given (positional, then keyword, in the order of ``tree_flatten``), the axis of the
             samples; None where it has none.
         output_axes: the same per tensor returned.
-        grads: per tensor returned, the gradient of the sum of the losses; None where the loss does not depend on it.
+        grads: per tensor returned, the gradient of the sum of the losses; None where the loss does not depend on it,
+            but not everywhere.
     """
 
     call: Call
@@ -40,175 +49,301 @@ class Seen:
     @property
     def x(self) -> Tensor:
         """The first tensor given, samples first."""
-        return self.call.input.detach().movedim(self.input_axes[0] or 0, 0)
+        return self.samples_first(self.call.input)
 
     @property
     def g(self) -> Tensor:
         """The gradient of the first tensor returned, samples first."""
         grad = self.grads[0]
-        assert grad is not None  # the caller leaves out calls that the loss does not depend on
+        assert grad is not None  # of a layer that returns one tensor, which the loss depends on
         return grad.movedim(self.output_axes[0] or 0, 0)
 
+    @property
+    def xg(self) -> tuple[Tensor, Tensor]:
+        """Both, in the dtype of the gradient: what autocast lowered the input to."""
+        g = self.g
+        return self.x.to(g.dtype), g
 
-@dataclass(frozen=True)
-class Use:
-    """One use of a parameter: an accumulating kernel, its tensors [N, ...] and its settings.
+    def samples_first(self, given: Tensor) -> Tensor:
+        """A tensor that was given, whose samples lie where the first one's do."""
+        return given.detach().movedim(self.input_axes[0] or 0, 0)
 
-    ``join`` lays several uses of one parameter side by side along their positions, because the sum over
-    positions must be squared once; None where the kernel has no such axis.
-    """
-
-    kernel: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-    settings: tuple[Any, ...] = ()
-    join: Callable[[Sequence[Use]], Use] | None = None
-
-    def add_to(self, out: Tensor) -> None:
-        self.kernel(out, *self.tensors, *self.settings)
-
-
-def _join_positions(uses: Sequence[Use]) -> Use:
-    """[N, T_i, features] -> [N, sum T_i, features]."""
-    columns = zip(*(use.tensors for use in uses), strict=True)
-    flat = [[t.reshape(t.shape[0], -1, t.shape[-1]) for t in column] for column in columns]
-    return replace(uses[0], tensors=tuple(torch.cat(column, 1) for column in flat))
+    def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
+        """What the layer was called with, by name."""
+        bound = inspect.signature(forward).bind(self.call.module, *self.call.args, **self.call.kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
 
-def _join_channels(uses: Sequence[Use]) -> Use:
-    """[N, ..., C, ...] -> [N, T, C] -> joined."""
-
-    def last(use: Use) -> Use:
-        return replace(use, tensors=tuple(t.movedim(use.settings[0], -1) for t in use.tensors), settings=(-1,))
-
-    return _join_positions([last(use) for use in uses])
-
-
-def _join_indices(uses: Sequence[Use]) -> Use:
-    indices = torch.cat([use.tensors[0].flatten(1) for use in uses], 1)
-    grads = torch.cat([use.tensors[1].flatten(1, -2) for use in uses], 1)
-    return replace(uses[0], tensors=(indices, grads))
-
-
-Rule = Callable[[Any, Seen], dict[str, Use]]
+Rule = Callable[[Any, Seen], Mapping[str, Use]]
 
 
 def _linear(module: nn.Linear, seen: Seen) -> dict[str, Use]:
-    x, g = seen.x, seen.g
-    return {
-        "weight": Use(ops.sq_grad_linear, (x.to(g.dtype), g), join=_join_positions),
-        "bias": Use(ops.sq_grad_bias, (g,), (-1,), _join_channels),
-    }
+    x, g = seen.xg
+    return {"weight": Rows((lambda: (g, x),)), "bias": bias(g)}
 
 
-def _conv(module: nn.Conv1d | nn.Conv2d, seen: Seen) -> dict[str, Use]:
+def _transposed_linear(module: nn.Module, seen: Seen) -> dict[str, Use]:
+    """Hugging Face's Conv1D: y = x W + b with W [in, out], so input and gradient swap places."""
+    x, g = seen.xg
+    return {"weight": Rows((lambda: (x, g),)), "bias": bias(g)}
+
+
+def _bilinear(module: nn.Bilinear, seen: Seen) -> dict[str, Use]:
+    """Weight [O, I1, I2]: output feature o is a linear layer with gradient g_o x1 and input x2."""
+    given = seen.arguments(nn.Bilinear.forward)
     g = seen.g
-    x = seen.x.to(g.dtype)
-    stride, padding, dilation = list(module.stride), module.padding, list(module.dilation)
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        # "same" may pad one side more than the other, and other modes pad with values: pad here, as torch does.
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(stride)
-    axes = list(padding)
-    bias = Use(ops.sq_grad_bias, (g,), (1,), _join_channels)
-    if isinstance(module, nn.Conv1d):  # an image of height one
-        x, g = x.unsqueeze(2), g.unsqueeze(2)
-        stride, axes, dilation = [1, *stride], [0, *axes], [1, *dilation]
-    return {"weight": Use(_conv_kernel, (x, g), (stride, axes, dilation, module.groups)), "bias": bias}
+    x1, x2 = (seen.samples_first(given[name]).to(_wide(g)) for name in ("input1", "input2"))
+    parts = tuple((lambda o=o: (g[..., o : o + 1] * x1, x2)) for o in range(module.out_features))
+    return {"weight": Rows(parts), "bias": bias(g)}
 
 
-def _conv_kernel(out: Tensor, *args: Any) -> Tensor:
-    ops.sq_grad_conv2d(out if out.dim() == 4 else out.unsqueeze(2), *args)
-    return out
+def _wide(g: Tensor) -> torch.dtype:
+    """For what a kernel is given that no layer has rounded: not below float32."""
+    return torch.promote_types(g.dtype, torch.float32)
 
 
-def _affine(normalized: Tensor, g: Tensor, channel_dim: int) -> dict[str, Use]:
-    return {
-        "weight": Use(ops.sq_grad_affine, (normalized.to(g.dtype), g), (channel_dim,), _join_channels),
-        "bias": Use(ops.sq_grad_bias, (g,), (channel_dim,), _join_channels),
-    }
+def _conv(module: _ConvNd, seen: Seen) -> dict[str, Use]:
+    x, g = seen.xg
+    # torch's own list of zeros or other values to pad with: pairs, from the last axis to the first.
+    pads = module._reversed_padding_repeated_twice
+    before, after = tuple(pads[-2::-2]), tuple(pads[::-2])
+    plain = module.padding_mode == "zeros" and before == after
+    weight = Patches(
+        x, g, *_geometry(module), padding=before if plain else (0,) * len(before),
+        pad=None if plain else lambda image: padded_input(cast(nn.Conv2d, module), image),
+    )  # fmt: skip
+    return {"weight": weight, "bias": bias(g, 1)}
 
 
-def _flat_affine(normalized: Tensor, g: Tensor, axes: int) -> dict[str, Use]:
-    """Norms whose weight spans the last ``axes`` axes: one channel per element of them."""
-    uses = _affine(normalized.flatten(-axes), g.flatten(-axes), -1)
-    return {name: replace(use, kernel=_flattened(use.kernel)) for name, use in uses.items()}
+def _conv_transpose(module: _ConvTransposeNd, seen: Seen) -> dict[str, Use]:
+    """The gradient of a convolution with its input and its output gradient in each other's place.
+
+    Output padding below the stride does not change how many positions the kernel has to slide over. From the stride
+    on, which torch allows where the dilation is larger, there would be more of them than inputs; then padding is
+    written out at the front, and what the last input does not reach is cut off at the end.
+    """
+    x, g = seen.xg
+    kernel, stride, dilation, groups = _geometry(module)
+    padding = cast(tuple[int, ...], module.padding)
+    sizes = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(x.shape[2:], stride, dilation, kernel, strict=True)]
+    extra = [size + 2 * p - reached for size, p, reached in zip(g.shape[2:], padding, sizes, strict=True)]
+    pad = None
+    if any(e >= s for e, s in zip(extra, stride, strict=True)):
+        sides = [side for p, e in reversed(list(zip(padding, extra, strict=True))) for side in (p, p - e)]
+        padding, pad = (0,) * len(padding), lambda image: F.pad(image, sides)
+    return {"weight": Patches(g, x, kernel, stride, dilation, groups, padding, pad), "bias": bias(g, 1)}
 
 
-def _flattened(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(out: Tensor, *args: Any) -> Tensor:
-        kernel(out.view(-1), *args)
-        return out
+def _geometry(module: _ConvNd) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    return tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), module.groups
 
-    return run
+
+def _affine(g: Tensor, normalized: Callable[[], Tensor], channel_dim: int) -> dict[str, Use]:
+    return {"weight": Channels((lambda: (g, normalized()),), channel_dim), "bias": bias(g, channel_dim)}
 
 
 def _layer_norm(module: nn.LayerNorm, seen: Seen) -> dict[str, Use]:
-    x, g = seen.x, seen.g
-    normalized = F.layer_norm(x.to(g.dtype), module.normalized_shape, eps=module.eps)
-    return _flat_affine(normalized, g, len(module.normalized_shape))
+    x, g = seen.xg
+    shape = module.normalized_shape
+    return _affine(
+        g.flatten(-len(shape)), lambda: F.layer_norm(x, shape, eps=module.eps).flatten(-len(shape)), -1
+    )  # fmt: skip
 
 
 def _rms_norm(module: nn.RMSNorm, seen: Seen) -> dict[str, Use]:
-    x, g = seen.x, seen.g
-    normalized = F.rms_norm(x.to(g.dtype), list(module.normalized_shape), eps=module.eps)
-    return _flat_affine(normalized, g, len(module.normalized_shape))
+    x, g = seen.xg
+    shape = list(module.normalized_shape)
+    return _affine(g.flatten(-len(shape)), lambda: F.rms_norm(x, shape, eps=module.eps).flatten(-len(shape)), -1)
 
 
 def _group_norm(module: nn.GroupNorm, seen: Seen) -> dict[str, Use]:
-    x, g = seen.x, seen.g
-    return _affine(F.group_norm(x.to(g.dtype), module.num_groups, eps=module.eps), g, 1)
+    x, g = seen.xg
+    return _affine(g, lambda: F.group_norm(x, module.num_groups, eps=module.eps), 1)
 
 
-def _batch_norm(module: _BatchNorm, seen: Seen) -> dict[str, Use]:
-    x, g = seen.x, seen.g
-    normalized = F.batch_norm(x.to(g.dtype), module.running_mean, module.running_var, eps=module.eps)
-    return _affine(normalized, g, 1)
+def _batch_norm(module: _BatchNorm | _InstanceNorm, seen: Seen) -> dict[str, Use]:
+    """By the running statistics; batch statistics are refused long before."""
+    x, g = seen.xg
+    return _affine(g, lambda: F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps), 1)
+
+
+def _instance_norm(module: _InstanceNorm, seen: Seen) -> dict[str, Use]:
+    if module.track_running_stats and not module.training:
+        return _batch_norm(module, seen)
+    x, g = seen.xg
+    return _affine(g, lambda: F.instance_norm(x, eps=module.eps), 1)
+
+
+def _prelu(module: nn.PReLU, seen: Seen) -> dict[str, Use]:
+    """The slope of what lies below zero, of a channel (the second axis) or of everything."""
+    x, g = seen.xg
+    if module.num_parameters == 1:
+        x, g = x.reshape(len(x), -1, 1), g.reshape(len(g), -1, 1)
+        return {"weight": Channels((lambda: (g, x.clamp(max=0)),))}
+    return {"weight": Channels((lambda: (g, x.clamp(max=0)),), 1)}
 
 
 def _embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
     x, g = seen.x, seen.g
-    return {"weight": Use(ops.sq_grad_embedding, (x, g), (module.padding_idx,), _join_indices)}
+    return {"weight": Table(lambda chunk: (x[chunk], g[chunk]), len(g), padding_idx=module.padding_idx)}
 
 
-RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm3d: _batch_norm,
-    nn.Embedding: _embedding,
+def _embedding_bag(module: nn.EmbeddingBag, seen: Seen) -> dict[str, Use]:
+    """Every index of a bag [N, T] gets the bag's gradient [N, D], times its weight or over the count."""
+    given = seen.arguments(nn.EmbeddingBag.forward)
+    indices, g = given["input"], seen.g
+    weights = given["per_sample_weights"]
+    if indices.dim() == 1:
+        # Only bags of one index each have as many indices as samples.
+        if not torch.equal(given["offsets"], torch.arange(len(g), device=g.device)):
+            raise ValueError("an EmbeddingBag called with offsets has no samples to tell apart; give it input [N, T]")
+        indices = indices[:, None]
+        weights = None if weights is None else weights[:, None]
+
+    def gather(chunk: slice) -> tuple[Tensor, Tensor]:
+        ids, grads = indices[chunk], g[chunk, None].to(_wide(g))
+        if module.mode == "mean":
+            counted = torch.ones_like(ids) if module.padding_idx is None else ids != module.padding_idx
+            grads = grads / counted.sum(1)[:, None, None]  # 0 / 0 of a bag of padding is never added
+        if weights is not None:
+            grads = grads * weights[chunk].detach()[..., None]
+        return ids, grads.expand(*ids.shape, -1)
+
+    size = indices.shape[1] * g.shape[1] * 4
+    return {"weight": Table(gather, len(g), size, module.padding_idx)}
+
+
+def _attention(module: nn.MultiheadAttention, seen: Seen) -> Mapping[str, Use]:
+    return attention_uses(module, seen.call, seen.grads)
+
+
+RULES: dict[type[nn.Module], tuple[Rule, str]] = {
+    nn.Linear: (_linear, "rows"),
+    nn.Bilinear: (_bilinear, "bilinear"),
+    nn.Conv1d: (_conv, "patches"),
+    nn.Conv2d: (_conv, "patches"),
+    nn.Conv3d: (_conv, "patches"),
+    nn.ConvTranspose1d: (_conv_transpose, "patches"),
+    nn.ConvTranspose2d: (_conv_transpose, "patches"),
+    nn.ConvTranspose3d: (_conv_transpose, "patches"),
+    nn.LayerNorm: (_layer_norm, "norm"),
+    nn.RMSNorm: (_rms_norm, "norm"),
+    nn.GroupNorm: (_group_norm, "norm"),
+    nn.BatchNorm1d: (_batch_norm, "norm"),
+    nn.BatchNorm2d: (_batch_norm, "norm"),
+    nn.BatchNorm3d: (_batch_norm, "norm"),
+    nn.SyncBatchNorm: (_batch_norm, "norm"),
+    nn.InstanceNorm1d: (_instance_norm, "norm"),
+    nn.InstanceNorm2d: (_instance_norm, "norm"),
+    nn.InstanceNorm3d: (_instance_norm, "norm"),
+    nn.PReLU: (_prelu, "norm"),
+    nn.Embedding: (_embedding, "rows"),
+    nn.EmbeddingBag: (_embedding_bag, "rows"),
+    nn.MultiheadAttention: (_attention, ""),
 }
+"""Module type -> its rule, and what its ``weight`` is: uses of one kind can be joined."""
+
+_CHANNELS_SECOND = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule of a module that computes what its torch class does; a subclass with its own forward has none."""
-    for cls, rule in RULES.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward:
-            if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
-                return None  # scales by counts over the batch; one sample alone has its own counts
+    """The rule of a module that computes what its torch class does; one with a forward of its own has none.
+
+    Neither has one whose samples are not independent (``scale_grad_by_freq`` counts over the batch), one that
+    can not be run again (dropout in attention while training), and the maximum of an EmbeddingBag.
+    """
+    if "forward" in vars(module):
+        return None
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+        return None
+    if isinstance(module, nn.EmbeddingBag) and (module.mode == "max" or module.max_norm is not None):
+        return None
+    if isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0:
+        return None
+    for cls, (rule, _) in RULES.items():
+        if isinstance(module, cls) and all(
+            getattr(type(module), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward")
+        ):
             return rule
-    return None
+    return _transposed_linear if _is_transposed_linear(module) else None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D with the forward of that class."""
+    forwards = [vars(cls).get("forward") for cls in type(module).__mro__ if cls.__name__ == "Conv1D"]
+    return is_transposed(module) and type(module).forward in forwards
+
+
+def applies(module: nn.Module, input_axes: Sequence[int | None], output_axes: Sequence[int | None]) -> bool:
+    """Whether the module's rule can tell samples apart that lie on these axes (as of :class:`Seen`).
+
+    Layers that act on the last axes take them on any other. Where channels come second, samples come first: on an
+    axis of positions a convolution or a norm would mix them, or does not because its kernel is 1 there; attention
+    must have them on the axis of its batch.
+    """
+    if not input_axes or not output_axes or input_axes[0] is None or output_axes[0] is None:
+        return False
+    axis = output_axes[0]
+    if isinstance(module, nn.MultiheadAttention):
+        return axis == (0 if module.batch_first else 1) and tuple(input_axes[:3]) == (axis,) * 3
+    if isinstance(module, nn.EmbeddingBag):
+        return axis == 0 and set(input_axes) == {0}
+    if isinstance(module, nn.Bilinear):
+        return set(input_axes) == {axis}
+    channels_second = isinstance(module, _CHANNELS_SECOND) or (isinstance(module, nn.PReLU) and len(module.weight) > 1)
+    return not channels_second or input_axes[0] == axis == 0
+
+
+def ruled_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Who answers for each parameter: its ``id`` -> (module name, module, the rule's name of it) of all its owners.
+
+    That is the module that holds it, but for the output projection of attention, which attention applies without
+    calling it: attention answers, by ``out_proj.weight`` and ``out_proj.bias``.
+
+    Args:
+        modules: as ``dict(model.named_modules())``.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    projections = {
+        id(module.out_proj): (name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    }
+    for name, module in modules.items():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                attention = projections.get(id(module))
+                owner = (name, module, local) if attention is None else (*attention, f"out_proj.{local}")
+                owners[id(parameter)].append(owner)
+    return owners
 
 
 def joinable(users: Sequence[tuple[nn.Module, str]], calls: int) -> bool:
-    """Whether :func:`joined` can add up ``calls`` uses in one forward pass of the parameter that these modules own
-    under these names; each has a rule."""
-    if calls <= 1:
-        return True
-    if any(isinstance(module, _ConvNd) and name == "weight" for module, name in users):
-        return False  # images of different sizes have no common axis of positions
-    return len({(rule_of(module), getattr(module, "padding_idx", None)) for module, _ in users}) == 1
+    """Whether rules know the parameter that these modules own under these names, and :func:`joined` can add up its
+    ``calls`` uses in one forward pass."""
+    kinds = {_kind(module, local) for module, local in users}
+    return None not in kinds and (calls <= 1 or len(kinds) == 1)
 
 
-def joined(uses: Sequence[Use]) -> Sequence[Use]:
-    """The uses of one parameter in one forward pass as uses to be added one by one: summed before they are squared."""
-    if len(uses) == 1:
-        return uses
-    join = uses[0].join
-    assert join is not None  # not joinable
-    return [join(uses)]
+def _kind(module: nn.Module, local: str) -> str | None:
+    """Uses of one kind can be joined; None where the rule does not know the name."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _ATTENTION.get(local)
+    if local == "bias":
+        return "bias"
+    if local != "weight":
+        return None  # what a parametrization computes the weight from
+    if isinstance(module, _ConvNd):
+        return f"patches of {module.groups} groups"
+    return next((kind for cls, (_, kind) in RULES.items() if isinstance(module, cls)), "rows")
+
+
+_ATTENTION = {
+    "in_proj_weight": "rows of q, k, v",
+    "in_proj_bias": "bias of q, k, v",
+    **{f"{name}_proj_weight": "rows" for name in "qkv"},
+    **{f"bias_{name}": "bias" for name in "kv"},
+    "out_proj.weight": "rows",
+    "out_proj.bias": "bias",
+}

@@ -6,7 +6,6 @@ which are slices of one parameter when all have the same width, and its output p
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastunlearn import attention
 from fastunlearn.hooks import Call
 
 Part = Literal["weight", "transposed", "q", "k", "v", "out"]
 Gather = Callable[[Tensor | None], Tensor]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
             reasons[name] = f"{type(module).__name__} computes attention in a forward of its own"
         elif _is_attention(module) and f"{name}.q".lstrip(".") not in slots:
             reasons[name] = "its input projection is computed from other parameters"
-        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)) or _is_transposed(module):
+        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)) or is_transposed(module):
             weight = module._parameters.get("weight")
             if id(module) not in covered and id(weight) not in covered:
                 reasons[name] = "its weight is computed from other parameters"
@@ -148,24 +147,24 @@ def layer_rows(module: nn.Module, input: Tensor, pick: Tensor | None = None) -> 
 
     Cost: no arithmetic; rows * groups * d elements written.
     """
-    if isinstance(module, nn.Linear) or _is_transposed(module):
+    if isinstance(module, nn.Linear) or is_transposed(module):
         rows = input.reshape(-1, input.shape[-1])
         return (rows if pick is None else rows[pick])[None]
     if not isinstance(module, _CONVOLUTIONS):
         raise TypeError(
             f"layer_rows knows Linear, Conv1d, Conv2d, Conv3d and Hugging Face's Conv1D, not {type(module).__name__}"
         )
-    windows = _windows(module, input)  # [N, *out, C, *kernel], a view
+    view = windows(padded_input(module, input), module.kernel_size, module.stride, module.dilation)
     axes = len(module.kernel_size)
-    positions, dim = windows.shape[: 1 + axes], module.weight[0].numel()
+    positions, dim = view.shape[: 1 + axes], module.weight[0].numel()
     if pick is None:
-        patches = windows.reshape(math.prod(positions), module.groups, dim)
+        patches = view.reshape(math.prod(positions), module.groups, dim)
     else:
         index: list[Tensor] = []
         for size in reversed(positions):
             index.insert(0, pick % size)
             pick = pick // size
-        patches = windows[tuple(index)].reshape(len(index[0]), module.groups, dim)
+        patches = view[tuple(index)].reshape(len(index[0]), module.groups, dim)
     return patches.transpose(0, 1)
 
 
@@ -207,7 +206,7 @@ def _slots(name: str, module: nn.Module) -> list[Slot]:
         return [Slot(name, name, module, f"{prefix}weight", weight)]
     if isinstance(module, _CONVOLUTIONS):
         return [Slot(name, name, module, f"{prefix}weight", weight, groups=module.groups)]
-    if _is_transposed(module):
+    if is_transposed(module):
         return [Slot(name, name, module, f"{prefix}weight", weight, "transposed")]
     return []
 
@@ -230,7 +229,7 @@ def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, a Linear with weight [in, out]."""
     return (
         any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
@@ -242,42 +241,22 @@ def _is_transposed(module: nn.Module) -> bool:
 def _attention_input(slot: Slot, call: Call) -> tuple[Tensor, Tensor | None]:
     """What one projection of attention acts on, samples first [N, L, d], and the positions [N, L] not padded away."""
     module = cast(nn.MultiheadAttention, slot.module)
-    bound = _ATTENTION.bind(module, *call.args, **call.kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
+    given = attention.arguments(call)
     query, key, padding = given["query"], given["key"], given["key_padding_mask"]
-    batched = query.dim() == 3
-
-    def samples_first(x: Tensor) -> Tensor:
-        if not batched:
-            return x[None]
-        return x if module.batch_first else x.transpose(0, 1)
-
     keep = None
     if padding is not None and (slot.part in ("k", "v") or query is key):
         shown = ~padding if padding.dtype == torch.bool else ~torch.isneginf(padding)
-        keep = shown if batched else shown[None]
+        keep = shown if query.dim() == 3 else shown[None]
     if slot.part == "out":
         return _heads(module, given), keep
-    return samples_first(given[{"q": "query", "k": "key", "v": "value"}[slot.part]]), keep
+    return attention.samples_first(module, given[{"q": "query", "k": "key", "v": "value"}[slot.part]]), keep
 
 
 def _heads(module: nn.MultiheadAttention, given: dict[str, Any]) -> Tensor:
-    """The concatenated heads [N, L, E], by attention over again with the identity for its output projection."""
-    query, key, value = given["query"], given["key"], given["value"]
-    turn = query.dim() == 3 and module.batch_first
-    if turn:
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    weights = [cast(Tensor | None, getattr(module, f"{part}_proj_weight")) for part in "qkv"]
-    heads, _ = F.multi_head_attention_forward(
-        query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
-        module.bias_k, module.bias_v, module.add_zero_attn, 0.0,
-        torch.eye(module.embed_dim, dtype=query.dtype, device=query.device), None, training=False,
-        key_padding_mask=given["key_padding_mask"], need_weights=given["need_weights"],
-        attn_mask=given["attn_mask"], use_separate_proj_weight=not module._qkv_same_embed_dim,
-        q_proj_weight=weights[0], k_proj_weight=weights[1], v_proj_weight=weights[2], is_causal=given["is_causal"],
-    )  # fmt: skip
-    return heads.transpose(0, 1) if query.dim() == 3 else heads[None]
+    """The concatenated heads [N, L, E], by attention over again up to its output projection."""
+    inputs = [attention.samples_first(module, given[name]) for name in ("query", "key", "value")]
+    extra = attention.extra_keys(module, len(inputs[0]), inputs[0].dtype)
+    return attention.attend(module, *attention.projected(module, inputs), extra, given)[0]
 
 
 def padded_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:
@@ -300,10 +279,8 @@ def padded_input(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Te
     return input
 
 
-def _windows(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Tensor:
-    """Every patch as a view: [N, *out, C, *kernel], sharing the (padded) input's memory."""
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    input = padded_input(module, input)
+def windows(input: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Every patch of padded images [N, C, *sizes] as a view: [N, *positions, C, *kernel], sharing their memory."""
     out = [
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(input.shape[2:], kernel, stride, dilation, strict=True)
