@@ -214,7 +214,6 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
             wgmma<Scalar, kTileIn>(product, grads + step * kWgmmaDepthStep,
                                    inputs + step * kWgmmaDepthStep, step > 0 || t > 0);
           }
-          wgmma_commit();
         } else {
           // Rows past the last position are zero. Those of a started step count nothing; steps of
           // nothing else are left out. The fence in the loop is what ptxas wants between blocks of
@@ -226,8 +225,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
             grads += kWgmmaDepthStep;
             inputs += kWgmmaDepthStep;
           }
-          wgmma_commit();
         }
+        wgmma_commit();
         if (reading >= 0) {  // the tensor cores have this stage's products to do meanwhile
           wgmma_wait<1>();
           release(reading);
