@@ -103,6 +103,7 @@ inline SqGradWgmmaPlan plan_sq_grad_wgmma(const SqGradShape& shape, int64_t mult
   int64_t fewest = std::numeric_limits<int64_t>::max();
   const auto consider = [&]<int kTileIn>() {
     for (int32_t cluster : {1, 2}) {
+      if (cluster > ceil_div(shape.out_features, kWgmmaTileOut)) continue;  // nobody to share with
       const auto plan = plan_wgmma_tile<kTileIn>(shape, multiprocessors, cluster);
       const int64_t cycles = ceil_div(plan.blocks, multiprocessors) * plan.samples_per_split *
                              wgmma_cycles<kTileIn>(shape.positions, cluster);

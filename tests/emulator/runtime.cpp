@@ -439,6 +439,10 @@ void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, co
     return;
   }
   const std::lock_guard lock(launch_mutex);
+  if (std::getenv("FASTUNLEARN_EMULATOR_TRACE") != nullptr) {
+    std::fprintf(stderr, "emulator: launch of %u blocks of %u threads, %zu bytes, clusters of %u\n",
+                 grid.x * grid.y * grid.z, block.x * block.y * block.z, shared_bytes, cluster);
+  }
   const char* order = std::getenv("FASTUNLEARN_EMULATOR_ORDER");
   const bool reverse = order != nullptr && std::strcmp(order, "reverse") == 0;
   device.body = body;

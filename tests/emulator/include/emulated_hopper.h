@@ -1,12 +1,13 @@
 // What the wrappers of csrc/common/hopper.cuh mean on the CPU; tests/emulator/hopper.cpp.
 //
-// Everything asynchronous happens at the worst moment. FASTUNLEARN_EMULATOR_ASYNC, read at every
-// launch, says which that is:
-//   late   (default) a copy writes, and a product reads its operands, when somebody must have it
-//          and nobody can go on otherwise: a forgotten wait reads what was there before
-//   early  a copy writes, and a product reads its operands, as it is issued: a stage given back or
-//          refilled too early is overwritten under its readers
-// Accumulators of products in flight read as NaN in both.
+// Everything asynchronous happens at one of its two extremes. FASTUNLEARN_EMULATOR_ASYNC, read at
+// every launch, says which:
+//   late   (default) a copy writes when no thread can go on without it, a product reads its operands
+//          as it is issued: whoever forgets to wait for a copy finds what was there before
+//   early  a copy writes as it is issued, a product reads its operands when no thread can go on
+//          without it: a stage that is refilled or given back too early changes under its readers
+// Accumulators of products in flight are NaN in both. The end of a copy and of a product is seen only
+// through a wait, which takes effect when no other thread can run.
 #pragma once
 
 #include <cuda.h>
