@@ -21,7 +21,8 @@ import torch
 EMULATOR = Path(__file__).parent / "emulator"
 FLAGS = [
     *("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
-    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR.parent.parent / 'csrc'}", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR.parent.parent / 'csrc'}"),
+    *("-Wno-psabi", "-Wno-unknown-pragmas"),
 ]
 SANITIZE = {
     "plain": [],

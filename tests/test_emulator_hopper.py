@@ -46,9 +46,7 @@ def half_bits(values: np.ndarray) -> list[int]:
 @pytest.fixture(scope="session", params=MOMENTS, ids="-".join)
 def printed(run: Run, request: pytest.FixtureRequest) -> list[list[str]]:
     asynchronous, order = request.param
-    done = run(
-        "hopper_semantics.cu", FASTUNLEARN_EMULATOR_ASYNC=asynchronous, FASTUNLEARN_EMULATOR_ORDER=order
-    )
+    done = run("hopper_semantics.cu", FASTUNLEARN_EMULATOR_ASYNC=asynchronous, FASTUNLEARN_EMULATOR_ORDER=order)
     assert_clean(done)
     return [line.split() for line in done.stdout.splitlines()]
 
@@ -69,9 +67,7 @@ def test_a_multicast_reaches_both_blocks_of_a_cluster(printed: list[list[str]]) 
 
 @pytest.mark.parametrize("columns", [128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_warpgroup_product_reads_through_its_descriptors(
-    printed: list[list[str]], dtype: str, columns: int
-) -> None:
+def test_a_warpgroup_product_reads_through_its_descriptors(printed: list[list[str]], dtype: str, columns: int) -> None:
     panels = np.concatenate([box(3 * i, 0, i % 2) for i in range(columns // 64)], axis=1)
     expected = 1 + 2 * panels[:, :64].T @ panels
     assert of(printed, f"product_{dtype}_{columns}") == [list(expected.ravel())]

@@ -78,10 +78,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 #ifdef FASTUNLEARN_EMULATED
   emulator::mbarrier_arrive_expect(barrier, bytes);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -181,7 +181,8 @@ __device__ __forceinline__ void multicast_tensor_3d(void* to, const CUtensorMap*
 //
 // "MN-major" (imm-trans = 1): consecutive addresses run along M of A, or N of B, which are our
 // features; K is our positions. The canonical layout for 16-bit types, in elements of a
-// 16-byte unit T = 8, is (PTX ISA, "Shared Memory Matrix Layout"; cute/atom/mma_traits_sm90_gmma.hpp)
+// 16-byte unit T = 8, is (PTX ISA, "Shared Memory Matrix Layout";
+// cute/atom/mma_traits_sm90_gmma.hpp)
 //
 //   Swizzle<3,4,3> o ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO))
 //
@@ -263,31 +264,33 @@ __device__ __forceinline__ int wgmma_column(int thread, int i) {
 
 #ifndef FASTUNLEARN_EMULATED
 // Operand lists of 64, 96 and 128 accumulators, which asm wants spelled out.
-#define FU_TEN(t) \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define FU_NAMES_64 \
-  FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) "%60, %61, %62, %63"
-#define FU_NAMES_96                                                                      \
-  FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) \
-  "%90, %91, %92, %93, %94, %95"
-#define FU_NAMES_128                                                                     \
-  FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) \
-  FU_TEN(9) FU_TEN(10) FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
-#define FU_EIGHT(i)                                                                  \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),        \
-      "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FU_TEN(t)                                                                                  \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
+  "9, "
+#define FU_NAMES_64 FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) "%60, %61, %62, %63"
+#define FU_NAMES_96                                                     \
+  FU_TEN()                                                              \
+  FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) \
+      FU_TEN(8) "%90, %91, %92, %93, %94, %95"
+#define FU_NAMES_128                                                                        \
+  FU_TEN()                                                                                  \
+  FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) FU_TEN(9) \
+      FU_TEN(10) FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define FU_EIGHT(i)                                                                           \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FU_VALUES_32(i) FU_EIGHT(i), FU_EIGHT(i + 8), FU_EIGHT(i + 16), FU_EIGHT(i + 24)
 #define FU_VALUES_64 FU_VALUES_32(0), FU_VALUES_32(32)
 #define FU_VALUES_96 FU_VALUES_64, FU_VALUES_32(64)
 #define FU_VALUES_128 FU_VALUES_96, FU_VALUES_32(96)
 // After the descriptors: the predicate for D += or D =, scales 1 and 1, both operands MN-major.
-#define FU_WGMMA(columns, type, values, a, b, p)                                              \
-  asm volatile(                                                                               \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\n"                                        \
-      "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type                 \
-      " {" FU_NAMES_##values "}, %" #a ", %" #b ", p, 1, 1, 1, 1;\n}\n"                       \
-      : FU_VALUES_##values                                                                    \
-      : "l"(grad), "l"(input), "r"(static_cast<int32_t>(accumulate)))
+#define FU_WGMMA(columns, type, values, a, b, p)                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p                                 \
+               ", 0;\n"                                                                \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type \
+               " {" FU_NAMES_##values "}, %" #a ", %" #b ", p, 1, 1, 1, 1;\n}\n"       \
+               : FU_VALUES_##values                                                    \
+               : "l"(grad), "l"(input), "r"(static_cast<int32_t>(accumulate)))
 #endif
 
 // d[64, kColumns] (+)= sum over 16 positions of  grad[k, 64]^T input[k, kColumns],  asynchronously;

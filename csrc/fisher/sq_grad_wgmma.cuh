@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 
   RingPlace<Tile::kStages> place;
   // The same in all lanes, and ptxas knows it: setmaxnreg and wgmma want whole warps.
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) /
-                        kWarpgroupThreads;
+  const int warpgroup =
+      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / kWarpgroupThreads;
 
   if (warpgroup == kWgmmaConsumers) {
     give_registers<kProducerRegisters>();

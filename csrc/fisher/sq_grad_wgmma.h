@@ -57,9 +57,8 @@ inline bool is_for_wgmma(const SqGradShape& shape) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 256;
   const auto addressable = [](int64_t size) { return size > 0 && size <= kMax; };
   return shape.groups == 1 && shape.positions >= 2 && shape.out_features % 8 == 0 &&
-         shape.in_features % 8 == 0 && addressable(shape.samples) &&
-         addressable(shape.positions) && addressable(shape.out_features) &&
-         addressable(shape.in_features);
+         shape.in_features % 8 == 0 && addressable(shape.samples) && addressable(shape.positions) &&
+         addressable(shape.out_features) && addressable(shape.in_features);
 }
 
 // Clock cycles of one block for one sample, counted, not measured. The tensor cores do 2048
@@ -73,8 +72,8 @@ int64_t wgmma_cycles(int64_t positions, int64_t cluster) {
   const int64_t operands = steps * kWgmmaConsumers * (64 + kTileIn) * 32;
   const int64_t stages = ceil_div(positions, Tile::kStageRows) * Tile::kStageBytes;
   const int64_t l2 = positions * (kWgmmaTileOut + kTileIn / cluster) * 2 / 24;
-  const int64_t square = Tile::kSquaresInShared ? 2 * Tile::kSquaresBytes / 128
-                                                : kWgmmaTileOut * kTileIn / 128;
+  const int64_t square =
+      Tile::kSquaresInShared ? 2 * Tile::kSquaresBytes / 128 : kWgmmaTileOut * kTileIn / 128;
   return std::max({multiply, (operands + stages) / 128, l2}) + square;
 }
 

@@ -84,7 +84,7 @@ std::byte* at(unsigned block, uint32_t address, size_t bytes, const char* who) {
 // In the 64 bits that the kernel keeps for it, like the real one.
 struct Barrier {
   uint64_t magic : 8;
-  uint64_t parity : 1;    // of the phase in progress
+  uint64_t parity : 1;     // of the phase in progress
   uint64_t arrivals : 14;  // a phase
   uint64_t missing : 14;   // of this phase
   int64_t bytes : 27;      // announced and not come; copies may be ahead of the announcement
@@ -167,8 +167,8 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                       const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  const bool known = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
-                     type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const bool known =
+      type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (!known || rank != 3 || reinterpret_cast<uintptr_t>(address) % 16 != 0)
     return CUDA_ERROR_INVALID_VALUE;
   TensorMap encoded = {};
@@ -223,13 +223,13 @@ void complete(const Copy& copy) {
                         static_cast<uint64_t>(z) * map.strides[2],
                     kElementBytes);
       }
-      std::memcpy(at(copy.block, map.swizzled ? swizzle_128(address) : address, 16,
-                     "cp.async.bulk.tensor"),
-                  values, 16);
+      std::memcpy(
+          at(copy.block, map.swizzled ? swizzle_128(address) : address, 16, "cp.async.bulk.tensor"),
+          values, 16);
     }
   }
-  Barrier& barrier = barrier_at(at(copy.block, copy.barrier, 8, "cp.async.bulk.tensor"),
-                                "cp.async.bulk.tensor");
+  Barrier& barrier =
+      barrier_at(at(copy.block, copy.barrier, 8, "cp.async.bulk.tensor"), "cp.async.bulk.tensor");
   barrier.bytes -= static_cast<int64_t>(row_bytes) * map.box[1] * map.box[2];
   settle(barrier);
 }
@@ -280,7 +280,9 @@ float widen(const std::byte* place, bool is_bfloat16) {
 // swizzle (its derivation: csrc/common/hopper.cuh).
 std::vector<float> read_operand(unsigned block, uint64_t descriptor, int features,
                                 bool is_bfloat16) {
-  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  const auto field = [&](int bit) {
+    return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4;
+  };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   // Starts on the pattern need no base offset; what hardware does with others is not emulated.
   constexpr uint64_t kUsed = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
@@ -410,7 +412,8 @@ void wake() {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------- what wrappers call
+// ------------------------------------------------------------------------------- what wrappers
+// call
 
 uint32_t shared_address(const void* pointer) {
   const SharedMemory shared = shared_memory(running_place().block);
@@ -447,9 +450,8 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site) {
   PhaseComplete condition;
   condition.name = "mbarrier_wait";
   condition.holds = PhaseComplete::test;
-  condition.barrier =
-      &barrier_at(at(running_place().block, shared_address(barrier), 8, "mbarrier_wait"),
-                  "mbarrier_wait");
+  condition.barrier = &barrier_at(
+      at(running_place().block, shared_address(barrier), 8, "mbarrier_wait"), "mbarrier_wait");
   condition.parity = parity;
   if (!PhaseComplete::test(&condition)) wait_for(condition, site);
   __tsan_acquire(barrier);

@@ -201,11 +201,10 @@ void show_all() {
   product<__half, 256>("product_fp16_256");
   CUtensorMap map;
   const auto type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  std::printf("refused %d %d %d %d %d\n", encode(map, values.data, type, {.stride = 2 * kX + 8}),
-              encode(map, values.data, type, {.offset = 8}),
-              encode(map, values.data, type, {.box = 72}),
-              encode(map, values.data, type, {.rows = 257}),
-              encode(map, values.data, type, {.size = 0}));
+  std::printf(
+      "refused %d %d %d %d %d\n", encode(map, values.data, type, {.stride = 2 * kX + 8}),
+      encode(map, values.data, type, {.offset = 8}), encode(map, values.data, type, {.box = 72}),
+      encode(map, values.data, type, {.rows = 257}), encode(map, values.data, type, {.size = 0}));
 }
 
 }  // namespace

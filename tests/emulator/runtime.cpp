@@ -229,8 +229,8 @@ void conclude(Meeting& meeting) {
   const unsigned warp = device.running_id / kWarp * kWarp;
   const unsigned block = device.running->block * device.block_threads;
   const unsigned first = meeting.mask == 0 ? block : warp;
-  const unsigned last = meeting.mask == 0 ? block + device.block_threads
-                                          : std::min(warp + kWarp, device.threads);
+  const unsigned last =
+      meeting.mask == 0 ? block + device.block_threads : std::min(warp + kWarp, device.threads);
   for (unsigned id = first; id < last; ++id) {
     if (device.pool[id]->waiting_at == &meeting) device.pool[id]->waiting_at = nullptr;
   }

@@ -1,11 +1,11 @@
 // A ring of two stages: thread 128 copies 16 positions a time, the first warpgroup multiplies them,
-// the first 64 features by all 128. With -DFIXED every wait and fence is there; otherwise the one of
-// that name is missing, or a mistake of that name is made.
+// the first 64 features by all 128. With -DFIXED every wait and fence is there; otherwise the one
+// of that name is missing, or a mistake of that name is made.
+#include <cudaTypedefs.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
-
-#include <cudaTypedefs.h>
 
 #include "common/hopper.cuh"
 #include "common/shared_memory.cuh"
@@ -105,7 +105,9 @@ __global__ void __launch_bounds__(256, 1)
 
 int main() {
   std::vector<__nv_bfloat16> x(kPositions * kFeatures);
-  const auto value = [](int t, int feature) { return static_cast<float>((7 * t + 3 * feature) % 11 - 5); };
+  const auto value = [](int t, int feature) {
+    return static_cast<float>((7 * t + 3 * feature) % 11 - 5);
+  };
   for (int t = 0; t < kPositions; ++t)
     for (int i = 0; i < kFeatures; ++i) x[t * kFeatures + i] = __float2bfloat16(value(t, i));
   void* device = nullptr;
@@ -116,7 +118,8 @@ int main() {
 
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                   &found);
   const cuuint64_t sizes[] = {kFeatures, kPositions, 1};
   const cuuint64_t strides[] = {2 * kFeatures, 2 * kFeatures * kPositions};
   const cuuint32_t box[] = {64, kRows, 1}, steps[] = {1, 1, 1};

@@ -2,12 +2,13 @@
 //
 // Everything asynchronous happens at one of its two extremes. FASTUNLEARN_EMULATOR_ASYNC, read at
 // every launch, says which:
-//   late   (default) a copy writes when no thread can go on without it, a product reads its operands
+//   late   (default) a copy writes when no thread can go on without it, a product reads its
+//   operands
 //          as it is issued: whoever forgets to wait for a copy finds what was there before
 //   early  a copy writes as it is issued, a product reads its operands when no thread can go on
 //          without it: a stage that is refilled or given back too early changes under its readers
-// Accumulators of products in flight are NaN in both. The end of a copy and of a product is seen only
-// through a wait, which takes effect when no other thread can run.
+// Accumulators of products in flight are NaN in both. The end of a copy and of a product is seen
+// only through a wait, which takes effect when no other thread can run.
 #pragma once
 
 #include <cuda.h>
