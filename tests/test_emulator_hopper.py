@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_emulator import EMULATOR, Run, assert_clean, compile_with, run, runtime
+import torch
+from test_emulator import EMULATOR, Run, assert_clean, compile_with, execute, run, runtime
 
 __all__ = ["run", "runtime"]  # fixtures
 
 MOMENTS = [(asynchronous, order) for asynchronous in ("late", "early") for order in ("forward", "reverse")]
+HOPPER = ["-std=c++20", "-DFIXED", "-gencode=arch=compute_90a,code=sm_90a", f"-I{EMULATOR.parent.parent / 'csrc'}"]
 Z, Y, X, ROWS = 2, 9, 72, 16
 
 
@@ -85,8 +87,20 @@ def test_the_correct_program_is_clean_under_the_sanitizers(run: Run, mode: str) 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", ["hopper_semantics.cu", "faults/missing_wait.cu"])
 def test_the_same_source_compiles_for_hopper(source: str, tmp_path: Path) -> None:
-    flags = ["-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{EMULATOR.parent.parent / 'csrc'}"]
-    compile_with("nvcc", *flags, "-DFIXED", "-c", EMULATOR / source, "-o", tmp_path / "object.o")
+    compile_with("nvcc", *HOPPER, "-c", EMULATOR / source, "-o", tmp_path / "object.o")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or shutil.which("nvcc") is None,
+    reason="no Hopper GPU with nvcc",
+)
+@pytest.mark.parametrize("source", ["hopper_semantics.cu", "faults/missing_wait.cu"])
+def test_a_gpu_prints_the_same(run: Run, source: str, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    compile_with("nvcc", *HOPPER, EMULATOR / source, "-o", program)
+    done = execute([program])
+    assert_clean(done)
+    assert done.stdout == run(source, "plain", "FIXED").stdout
 
 
 # --------------------------------------------------------------------------------------- it bites

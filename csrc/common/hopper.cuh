@@ -268,14 +268,18 @@ __device__ __forceinline__ int wgmma_column(int thread, int i) {
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9, "
 #define FU_NAMES_64 FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) "%60, %61, %62, %63"
-#define FU_NAMES_96                                                     \
-  FU_TEN()                                                              \
-  FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) \
-      FU_TEN(8) "%90, %91, %92, %93, %94, %95"
-#define FU_NAMES_128                                                                        \
-  FU_TEN()                                                                                  \
-  FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) FU_TEN(9) \
-      FU_TEN(10) FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define FU_NAMES_96 \
+  FU_TEN()          \
+  FU_TEN(1)         \
+  FU_TEN(2)         \
+  FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) "%90, %91, %92, %93, %94, %95"
+#define FU_NAMES_128                                                     \
+  FU_TEN()                                                               \
+  FU_TEN(1)                                                              \
+  FU_TEN(2)                                                              \
+  FU_TEN(3)                                                              \
+  FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) FU_TEN(9) FU_TEN(10) \
+      FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 #define FU_EIGHT(i)                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
