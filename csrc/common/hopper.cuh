@@ -264,22 +264,17 @@ __device__ __forceinline__ int wgmma_column(int thread, int i) {
 
 #ifndef FASTUNLEARN_EMULATED
 // Operand lists of 64, 96 and 128 accumulators, which asm wants spelled out.
-#define FU_TEN(t)                                                                                  \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
-  "9, "
-#define FU_NAMES_64 FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5) "%60, %61, %62, %63"
-#define FU_NAMES_96 \
-  FU_TEN()          \
-  FU_TEN(1)         \
-  FU_TEN(2)         \
-  FU_TEN(3) FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) "%90, %91, %92, %93, %94, %95"
-#define FU_NAMES_128                                                     \
-  FU_TEN()                                                               \
-  FU_TEN(1)                                                              \
-  FU_TEN(2)                                                              \
-  FU_TEN(3)                                                              \
-  FU_TEN(4) FU_TEN(5) FU_TEN(6) FU_TEN(7) FU_TEN(8) FU_TEN(9) FU_TEN(10) \
-      FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+// clang-format off
+#define FU_TEN(t)                                                                       \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %"   \
+  #t "8, %" #t "9, "
+#define FU_NAMES_60 FU_TEN() FU_TEN(1) FU_TEN(2) FU_TEN(3) FU_TEN(4) FU_TEN(5)
+#define FU_NAMES_90 FU_NAMES_60 FU_TEN(6) FU_TEN(7) FU_TEN(8)
+#define FU_NAMES_64 FU_NAMES_60 "%60, %61, %62, %63"
+#define FU_NAMES_96 FU_NAMES_90 "%90, %91, %92, %93, %94, %95"
+#define FU_NAMES_128 \
+  FU_NAMES_90 FU_TEN(9) FU_TEN(10) FU_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+// clang-format on
 #define FU_EIGHT(i)                                                                           \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -321,6 +316,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t grad, u
 
 #ifndef FASTUNLEARN_EMULATED
 #undef FU_TEN
+#undef FU_NAMES_60
+#undef FU_NAMES_90
 #undef FU_NAMES_64
 #undef FU_NAMES_96
 #undef FU_NAMES_128
