@@ -165,7 +165,7 @@ def test_any_shape(hopper: Backend, n: int, t: int, p: int, d: int, dtype: torch
 
 @pytest.mark.skipif("emulated" not in WGMMA_BACKENDS, reason="chooses the moments of emulated hardware")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_order_of_blocks_threads_copies_and_products_changes_a_bit(
+def test_no_order_of_emulated_blocks_copies_and_products_changes_a_bit(
     asked: None, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from conftest import load_emulated
@@ -197,7 +197,7 @@ def test_a_bad_value_stays_in_its_own_outputs(hopper: Backend, bad: float) -> No
 @pytest.mark.parametrize(
     "case", ["not asked for", "float32", "odd features", "one position", "input off 16 bytes", "out off 8 bytes"]
 )
-def test_what_the_kernel_cannot_do_goes_to_its_sibling(
+def test_what_the_emulated_kernel_cannot_do_goes_to_its_sibling(
     case: str, asked: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from conftest import load_emulated
