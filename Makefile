@@ -11,7 +11,7 @@ SANITIZED := OMP_NUM_THREADS=1 FASTUNLEARN_TEST_BACKENDS=emulated ASAN_OPTIONS=d
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 setarch -R
 # --capture=sys: pytest would swallow the report of a process that dies. What is too large takes minutes here.
 OPERATOR_TESTS := -q -k "emulated and not too_large" --capture=sys -p no:cacheprovider tests/test_ops.py tests/test_reset.py \
-	tests/test_gram.py tests/test_lowrank.py
+	tests/test_gram.py tests/test_lowrank.py tests/test_wgmma.py
 
 .PHONY: all demo test lint format sanitize bench gpu-check clean
 all: $(VENV)/built

@@ -26,6 +26,10 @@ PY
 FASTUNLEARN_TEST_BACKENDS=cuda "$python" -m pytest -q tests/test_ops.py tests/test_reset.py tests/test_gram.py tests/test_lowrank.py \
   -k "cuda or opcheck" \
   --junitxml="$out/tests.xml"
+# The Hopper kernel, which is off by default, and its instructions against their emulation; elsewhere both pass by.
+FASTUNLEARN_WGMMA=1 FASTUNLEARN_TEST_BACKENDS=cuda "$python" -m pytest -q tests/test_wgmma.py tests/test_ops.py \
+  -k "cuda" --junitxml="$out/tests-wgmma.xml"
+"$python" -m pytest -q tests/test_emulator_hopper.py -k "gpu"
 "$python" -m fastunlearn demo --device cuda --out "$out/demo"
 
 if command -v compute-sanitizer >/dev/null; then

@@ -7,6 +7,7 @@
 
 #include "fisher/sq_grad_channels.h"
 #include "fisher/sq_grad_tile.h"
+#include "fisher/sq_grad_wgmma.h"
 #include "reset/tensor_list.h"
 #include "subspace/gram_conv2d.h"
 #include "subspace/grouped_mm.h"
@@ -31,6 +32,16 @@ py::dict plan_sq_grad(int64_t groups, int64_t samples, int64_t positions, int64_
   return py::dict("tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
                   "splits"_a = plan.splits, "samples_per_split"_a = plan.samples_per_split,
                   "blocks"_a = plan.blocks);
+}
+
+py::dict plan_sq_grad_wgmma(int64_t samples, int64_t positions, int64_t out_features,
+                            int64_t in_features, int64_t multiprocessors) {
+  const auto plan = fastunlearn::plan_sq_grad_wgmma(
+      {1, samples, positions, out_features, in_features}, multiprocessors);
+  return py::dict("tile_in"_a = plan.tile_in, "cluster"_a = plan.cluster,
+                  "tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
+                  "splits"_a = plan.splits, "samples_per_split"_a = plan.samples_per_split,
+                  "blocks"_a = plan.blocks, "shared_bytes"_a = plan.shared_bytes);
 }
 
 py::dict plan_sq_grad_channels(int64_t samples, int64_t outer, int64_t channels, int64_t inner,
@@ -92,6 +103,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_sq_grad", &plan_sq_grad, "groups"_a, "samples"_a, "positions"_a, "out_features"_a,
         "in_features"_a, "multiprocessors"_a,
         "Tiles and splits of sq_grad_linear and sq_grad_conv2d.");
+  m.def("plan_sq_grad_wgmma", &plan_sq_grad_wgmma, "samples"_a, "positions"_a, "out_features"_a,
+        "in_features"_a, "multiprocessors"_a,
+        "Tile, cluster and splits of sq_grad_linear on Hopper; tile_in = 0: not for that kernel.");
   m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a,
         "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
   m.def("plan_gram_conv2d", &plan_gram_conv2d, "groups"_a, "features"_a, "samples"_a, "positions"_a,

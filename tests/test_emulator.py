@@ -21,7 +21,8 @@ import torch
 EMULATOR = Path(__file__).parent / "emulator"
 FLAGS = [
     *("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
-    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}"),
+    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR.parent.parent / 'csrc'}"),
+    *("-Wno-psabi", "-Wno-unknown-pragmas"),
 ]
 SANITIZE = {
     "plain": [],
@@ -80,7 +81,8 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
         if mode not in ready:
             prefix = launcher(mode)
             built = folder / f"runtime_{mode}.o"
-            compile_with("g++", *FLAGS, *RUNTIME[mode], "-c", EMULATOR / "runtime.cpp", "-o", built)
+            sources = EMULATOR / "runtime.cpp", EMULATOR / "hopper.cpp"
+            compile_with("g++", *FLAGS, *RUNTIME[mode], "-r", "-nostdlib", *sources, "-o", built)
             ready[mode] = built, prefix
         return ready[mode]
 

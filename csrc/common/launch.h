@@ -58,6 +58,17 @@ class DeviceStream {
     return bytes;
   }
 
+  // 90 for 9.0.
+  int compute_capability() const {
+    int device = 0, major = 0, minor = 0;
+    check_cuda("cudaGetDevice", cudaGetDevice(&device));
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check_cuda("cudaDeviceGetAttribute",
+               cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return 10 * major + minor;
+  }
+
   // One launch; raises what the runtime says of it.
   template <typename... Params, typename... Args>
   void launch(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
@@ -69,14 +80,7 @@ class DeviceStream {
   template <typename... Params, typename... Args>
   void launch_shared(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
                      int64_t shared_bytes, Args... args) const {
-    check(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), name, ": a grid of ", blocks,
-          " blocks can not be launched; split the batch");
-    const dim3 grid(static_cast<unsigned>(blocks));
-    if (shared_bytes > 48 * 1024) {  // more than that must be asked for
-      check_cuda(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared_bytes)));
-    }
+    const dim3 grid = prepare(name, reinterpret_cast<const void*>(kernel), blocks, shared_bytes);
 #ifdef FASTUNLEARN_EMULATED
     emulator::launch(grid, threads, shared_bytes, [=] { kernel(Params(args)...); });
 #else
@@ -85,7 +89,42 @@ class DeviceStream {
     check_cuda(name, cudaGetLastError());
   }
 
+  // The same in clusters of `cluster` neighbouring blocks (Hopper and later).
+  template <typename... Params, typename... Args>
+  void launch_cluster(const char* name, void (*kernel)(Params...), int64_t blocks, dim3 threads,
+                      int64_t shared_bytes, int cluster, Args... args) const {
+    const dim3 grid = prepare(name, reinterpret_cast<const void*>(kernel), blocks, shared_bytes);
+#ifdef FASTUNLEARN_EMULATED
+    emulator::launch(
+        grid, threads, shared_bytes, [=] { kernel(Params(args)...); },
+        static_cast<unsigned>(cluster));
+    check_cuda(name, cudaGetLastError());
+#else
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(name, cudaLaunchKernelEx(&config, kernel, Params(args)...));
+#endif
+  }
+
  private:
+  static dim3 prepare(const char* name, const void* kernel, int64_t blocks, int64_t shared_bytes) {
+    check(blocks > 0 && blocks <= std::numeric_limits<int32_t>::max(), name, ": a grid of ", blocks,
+          " blocks can not be launched; split the batch");
+    if (shared_bytes > 48 * 1024) {  // more than that must be asked for
+      check_cuda(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes)));
+    }
+    return dim3(static_cast<unsigned>(blocks));
+  }
+
   int previous_ = 0;
   int multiprocessors_ = 1;
   cudaStream_t stream_ = nullptr;

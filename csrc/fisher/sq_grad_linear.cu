@@ -1,6 +1,7 @@
 // sq_grad_linear on CUDA.
 #include "fisher/sq_grad_launch.cuh"
 #include "fisher/sq_grad_linear.cuh"
+#include "fisher/sq_grad_wgmma_launch.h"
 
 namespace fastunlearn {
 
@@ -8,6 +9,9 @@ namespace {
 
 void sq_grad_linear_cuda(const Tensor& out, const Tensor& input, const Tensor& grad_output) {
   const LinearDoor door(out, input, grad_output);
+#ifdef FASTUNLEARN_SM90A
+  if (launch_sq_grad_wgmma(out, door)) return;
+#endif
   dispatch_storage<CudaTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
     const SqGradShape& s = door.shape;
     launch_sq_grad<Scalar>(

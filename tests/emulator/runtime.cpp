@@ -4,6 +4,8 @@
 // kernel's business. When the rest is sanitized, define EMULATOR_TSAN or EMULATOR_ASAN, and the
 // sanitizer is told of every change of fibers and of exactly the orderings that CUDA promises.
 
+#include "runtime.h"
+
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -180,7 +182,9 @@ struct Meeting {
 struct Thread {
   Fiber fiber;
   uint3 index;
+  unsigned block = 0;  // which of the cluster's
   Meeting* waiting_at = nullptr;
+  const Condition* waiting_for = nullptr;
   Site site;
   bool exited = false;
 };
@@ -190,15 +194,22 @@ struct Thread {
 struct Device {
   Fiber scheduler;
   std::vector<std::unique_ptr<Thread>> pool;
-  std::deque<Meeting> block_meetings;  // deque: TSan's clocks must keep their addresses
-  std::deque<Meeting> warp_meetings[kMaxThreads / kWarp];
+  // Of each block of the cluster. deque: TSan's clocks must keep their addresses.
+  std::deque<Meeting> block_meetings[kMaxCluster];
+  std::deque<Meeting> warp_meetings[kMaxCluster * kMaxThreads / kWarp];
   char started = 0, ended = 0;  // clocks
 
   KernelBody body = nullptr;
   const void* closure = nullptr;
-  void* shared = nullptr;
-  unsigned threads = 0;  // of the block; the first so many of the pool
-  unsigned live = 0;
+  void* shared[kMaxCluster] = {};
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;        // blocks
+  unsigned block_threads = 0;  // of one block
+  unsigned threads = 0;        // of the cluster; the first so many of the pool
+  unsigned live = 0;           // of the cluster
+  unsigned block_live[kMaxCluster] = {};
+  uint3 block_index[kMaxCluster] = {};
+  const Asynchronous* asynchronous = nullptr;
   Thread* running = nullptr;
   unsigned running_id = 0;
 };
@@ -216,8 +227,10 @@ void conclude(Meeting& meeting) {
   meeting.parity ^= 1;
   meeting.votes[meeting.parity] = {};
   const unsigned warp = device.running_id / kWarp * kWarp;
-  const unsigned first = meeting.mask == 0 ? 0 : warp;
-  const unsigned last = meeting.mask == 0 ? device.threads : std::min(warp + kWarp, device.threads);
+  const unsigned block = device.running->block * device.block_threads;
+  const unsigned first = meeting.mask == 0 ? block : warp;
+  const unsigned last =
+      meeting.mask == 0 ? block + device.block_threads : std::min(warp + kWarp, device.threads);
   for (unsigned id = first; id < last; ++id) {
     if (device.pool[id]->waiting_at == &meeting) device.pool[id]->waiting_at = nullptr;
   }
@@ -247,9 +260,10 @@ void live() noexcept {
     __tsan_release(&device.ended);
     self.exited = true;
     --device.live;
+    const unsigned live = --device.block_live[self.block];
     // Barriers count the living; this thread may have been the one they waited for.
-    for (Meeting& meeting : device.block_meetings) {
-      if (meeting.arrived != 0 && meeting.arrived == device.live) conclude(meeting);
+    for (Meeting& meeting : device.block_meetings[self.block]) {
+      if (meeting.arrived != 0 && meeting.arrived == live) conclude(meeting);
     }
     switch_fiber(self.fiber, device.scheduler);
   }
@@ -266,8 +280,14 @@ void live() noexcept {
   for (unsigned id = 0; id < device.threads; ++id) {
     const Thread& thread = *device.pool[id];
     if (thread.exited) continue;
-    const Meeting& meeting = *thread.waiting_at;
     char place[512];
+    if (thread.waiting_for != nullptr) {
+      std::snprintf(place, sizeof place, "at %s, %s:%u", thread.waiting_for->name,
+                    thread.site.file_name(), static_cast<unsigned>(thread.site.line()));
+      ++places[place];
+      continue;
+    }
+    const Meeting& meeting = *thread.waiting_at;
     if (meeting.mask == 0) {
       std::snprintf(place, sizeof place, "at %s, %s:%u", meeting.name, thread.site.file_name(),
                     static_cast<unsigned>(thread.site.line()));
@@ -292,13 +312,18 @@ void live() noexcept {
   std::abort();
 }
 
-void run_block(bool reverse, size_t shared_bytes) {
+// Runs the blocks of one cluster to their end.
+void run_cluster(bool reverse) {
   device.live = device.threads;
+  for (unsigned block = 0; block < device.cluster; ++block)
+    device.block_live[block] = device.block_threads;
   for (unsigned id = 0; id < device.threads; ++id) device.pool[id]->exited = false;
   // A fresh allocation of the exact size, so that ASan sees an overrun, and of no sensible value,
   // so that everyone sees a read before the first write.
-  device.shared = ::operator new(shared_bytes, std::align_val_t{128});
-  std::memset(device.shared, 0xff, shared_bytes);
+  for (unsigned block = 0; block < device.cluster; ++block) {
+    device.shared[block] = ::operator new(device.shared_bytes, std::align_val_t{128});
+    std::memset(device.shared[block], 0xff, device.shared_bytes);
+  }
   __tsan_release(&device.started);
   while (device.live > 0) {
     bool progress = false;
@@ -306,29 +331,40 @@ void run_block(bool reverse, size_t shared_bytes) {
       const unsigned id = reverse ? device.threads - 1 - turn : turn;
       Thread& thread = *device.pool[id];
       if (thread.exited || thread.waiting_at != nullptr) continue;
+      if (thread.waiting_for != nullptr) {
+        if (!thread.waiting_for->holds(thread.waiting_for)) continue;
+        thread.waiting_for = nullptr;
+      }
       progress = true;
       device.running = &thread;
       device.running_id = id;
       threadIdx = thread.index;
+      blockIdx = device.block_index[thread.block];
       switch_fiber(device.scheduler, thread.fiber);
     }
-    if (!progress) report_deadlock();
+    if (!progress && !(device.asynchronous != nullptr && device.asynchronous->complete_one()))
+      report_deadlock();
   }
   __tsan_acquire(&device.ended);
-  ::operator delete(device.shared, std::align_val_t{128});
-  device.shared = nullptr;
+  if (device.asynchronous != nullptr) device.asynchronous->end_cluster();
+  for (unsigned block = 0; block < device.cluster; ++block) {
+    ::operator delete(device.shared[block], std::align_val_t{128});
+    device.shared[block] = nullptr;
+  }
 }
 
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-bool launchable(const dim3& grid, const dim3& block, size_t shared_bytes) {
+bool launchable(const dim3& grid, const dim3& block, size_t shared_bytes, unsigned cluster) {
   const auto within = [](unsigned size, unsigned limit) { return size >= 1 && size <= limit; };
   return within(grid.x, 0x7fffffffu) && within(grid.y, 65535) && within(grid.z, 65535) &&
          within(block.x, 1024) && within(block.y, 1024) && within(block.z, 64) &&
          static_cast<size_t>(block.x) * block.y * block.z <= kMaxThreads &&
-         shared_bytes <= kMaxSharedBytes;
+         shared_bytes <= kMaxSharedBytes && within(cluster, kMaxCluster) &&
+         // Warps of two blocks are never one warp.
+         (cluster == 1 || (grid.x % cluster == 0 && block.x * block.y * block.z % kWarp == 0));
 }
 
 }  // namespace
@@ -363,31 +399,58 @@ const Slot* meet_warp(const char* name, unsigned mask, const Slot& slot, Site si
 Votes meet_block(const char* name, bool vote, Site site) {
   // CUDA wants one and the same barrier of every thread; two in two branches are undefined there,
   // and two meetings here, at which everyone waits for ever.
+  const unsigned block = device.running->block;
   Meeting* meeting = nullptr;
-  for (Meeting& known : device.block_meetings) {
+  for (Meeting& known : device.block_meetings[block]) {
     if (same_place(known.site, site) && std::strcmp(known.name, name) == 0) meeting = &known;
   }
-  if (meeting == nullptr) meeting = &device.block_meetings.emplace_back(name, 0u, site);
+  if (meeting == nullptr) meeting = &device.block_meetings[block].emplace_back(name, 0u, site);
   Votes& votes = meeting->votes[meeting->parity];
   votes.in_favour += vote;
   votes.cast += 1;
-  wait_at(*meeting, device.live, site);
+  wait_at(*meeting, device.block_live[block], site);
   return votes;
 }
 
-void* dynamic_shared() { return device.shared; }
+void* dynamic_shared() { return device.shared[device.running->block]; }
 
-void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure) {
-  if (!launchable(grid, block, shared_bytes)) {
+// ------------------------------------------------------------------------- what runtime.h promises
+
+void wait_for(const Condition& condition, Site site) {
+  Thread& self = *device.running;
+  self.waiting_for = &condition;
+  self.site = site;
+  switch_fiber(self.fiber, device.scheduler);
+}
+void set_asynchronous(const Asynchronous* asynchronous) { device.asynchronous = asynchronous; }
+Place running_place() {
+  const Thread& self = *device.running;
+  return {self.block, device.running_id % device.block_threads};
+}
+Cluster running_cluster() { return {device.cluster, device.block_threads}; }
+SharedMemory shared_memory(unsigned block) {
+  return {static_cast<std::byte*>(device.shared[block]), device.shared_bytes};
+}
+
+void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure,
+                 unsigned cluster) {
+  if (!launchable(grid, block, shared_bytes, cluster)) {
     fail(cudaErrorInvalidConfiguration);
     return;
   }
   const std::lock_guard lock(launch_mutex);
+  if (std::getenv("FASTUNLEARN_EMULATOR_TRACE") != nullptr) {
+    std::fprintf(stderr, "emulator: launch of %u blocks of %u threads, %zu bytes, clusters of %u\n",
+                 grid.x * grid.y * grid.z, block.x * block.y * block.z, shared_bytes, cluster);
+  }
   const char* order = std::getenv("FASTUNLEARN_EMULATOR_ORDER");
   const bool reverse = order != nullptr && std::strcmp(order, "reverse") == 0;
   device.body = body;
   device.closure = closure;
-  device.threads = block.x * block.y * block.z;
+  device.block_threads = block.x * block.y * block.z;
+  device.cluster = cluster;
+  device.threads = cluster * device.block_threads;
+  device.shared_bytes = shared_bytes;
   gridDim = grid;
   blockDim = block;
 #ifdef EMULATOR_TSAN
@@ -398,14 +461,22 @@ void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, co
     create_fiber(device.pool.back()->fiber, live, device.pool.size() - 1);
   }
   for (unsigned id = 0; id < device.threads; ++id) {
-    device.pool[id]->index = {id % block.x, id / block.x % block.y, id / block.x / block.y};
+    const unsigned thread = id % device.block_threads;
+    device.pool[id]->index = {thread % block.x, thread / block.x % block.y,
+                              thread / block.x / block.y};
+    device.pool[id]->block = id / device.block_threads;
   }
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  for (uint64_t turn = 0; turn < blocks; ++turn) {
-    const uint64_t id = reverse ? blocks - 1 - turn : turn;
-    blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
-                static_cast<unsigned>(id / grid.x / grid.y)};
-    run_block(reverse, shared_bytes);
+  for (uint64_t turn = 0; turn < blocks; turn += cluster) {
+    const uint64_t first = reverse ? blocks - cluster - turn : turn;
+    for (unsigned i = 0; i < cluster; ++i) {
+      const uint64_t id = first + i;
+      device.block_index[i] = {static_cast<unsigned>(id % grid.x),
+                               static_cast<unsigned>(id / grid.x % grid.y),
+                               static_cast<unsigned>(id / grid.x / grid.y)};
+    }
+    blockIdx = device.block_index[0];  // for a deadlock's report
+    run_cluster(reverse);
   }
 }
 
@@ -467,7 +538,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = 4;  // few, so that small problems already have several blocks per processor
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = 9;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;

@@ -122,15 +122,18 @@ inline unsigned lane() {
 void* dynamic_shared();
 
 using KernelBody = void (*)(const void* closure);
-void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure);
+void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure,
+                 unsigned cluster);
 
 // Runs `kernel()` once per thread of the grid and returns when all are done. A geometry that a GPU
 // refuses is refused the same way: nothing runs and cudaGetLastError() tells.
+// `cluster` neighbouring blocks run at the same time, each with its own dynamic shared memory.
 template <typename Kernel>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const Kernel& kernel) {
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const Kernel& kernel,
+            unsigned cluster = 1) {
   launch_grid(
       grid, block, shared_bytes,
-      [](const void* closure) { (*static_cast<const Kernel*>(closure))(); }, &kernel);
+      [](const void* closure) { (*static_cast<const Kernel*>(closure))(); }, &kernel, cluster);
 }
 
 }  // namespace emulator
@@ -392,6 +395,16 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
+
+// The driver's functions that <cuda.h> shadows: cuTensorMapEncodeTiled.
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess = 0,
+  cudaDriverEntryPointSymbolNotFound = 1,
+};
+inline constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* found = nullptr);
 
 // Everything is done when a call returns, so streams are names only.
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
