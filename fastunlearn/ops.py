@@ -61,7 +61,7 @@ def sq_grad_linear(out: Tensor, input: Tensor, grad_output: Tensor) -> Tensor:
     Cost: 2 N T P D FLOPs, as the ordinary weight gradient, and one multiply-add per weight and sample; on CUDA a
     workspace of at most 16 x P x D. Source: the empirical Fisher diagonal, as DeepClean (Shi et al. 2024) uses it.
     """
-    _ops.sq_grad_linear(out, input, grad_output)
+    _ops.sq_grad_linear(out, input, grad_output, _allow_tf32())
     return out
 
 
@@ -85,8 +85,14 @@ def sq_grad_conv2d(
 
     Cost: 2 N Ho Wo Co (Ci / groups) kh kw FLOPs; patches are unfolded tile by tile and never stored.
     """
-    _ops.sq_grad_conv2d(out, input, grad_output, list(stride), list(padding), list(dilation), groups)
+    _ops.sq_grad_conv2d(
+        out, input, grad_output, list(stride), list(padding), list(dilation), groups, _allow_tf32()
+    )  # fmt: skip
     return out
+
+
+def _allow_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def sq_grad_affine(out: Tensor, normalized: Tensor, grad_output: Tensor, channel_dim: int = -1) -> Tensor:

@@ -41,14 +41,19 @@ struct PatchOperand {
     return {data + sample * stride, at / g.out_w * g.stride_h - g.padding_h,
             at % g.out_w * g.stride_w - g.padding_w};
   }
-  __device__ __forceinline__ Accumulator<Scalar> load(const Feature& tap,
-                                                      const Position& patch) const {
+  // Null outside.
+  __device__ __forceinline__ const Scalar* address(const Feature& tap,
+                                                   const Position& patch) const {
     const int row = patch.row + tap.row;
     const int column = patch.column + tap.column;
     const bool inside = patch.sample != nullptr && tap.channel >= 0 && row >= 0 &&
                         row < geometry.height && column >= 0 && column < geometry.width;
-    return inside ? widen(patch.sample[tap.channel + row * geometry.width + column])
-                  : Accumulator<Scalar>(0);
+    return inside ? patch.sample + (tap.channel + row * geometry.width + column) : nullptr;
+  }
+  __device__ __forceinline__ Accumulator<Scalar> load(const Feature& tap,
+                                                      const Position& patch) const {
+    const Scalar* at = address(tap, patch);
+    return at != nullptr ? widen(*at) : Accumulator<Scalar>(0);
   }
 };
 

@@ -25,7 +25,8 @@ struct RowPacker {
   }
 };
 
-void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output) {
+void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,
+                        bool /*allow_tf32*/) {
   const LinearDoor door(out, input, grad_output);
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {
     const SqGradShape& s = door.shape;

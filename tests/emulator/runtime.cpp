@@ -5,6 +5,7 @@
 // sanitizer is told of every change of fibers and of exactly the orderings that CUDA promises.
 
 #include <cuda_runtime.h>
+#include <emulated_ptx.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -183,6 +184,7 @@ struct Thread {
   Meeting* waiting_at = nullptr;
   Site site;
   bool exited = false;
+  PendingCopies copies;
 };
 
 // Everything about the launch in progress. There is one at a time (shared memory is static), under
@@ -294,7 +296,10 @@ void live() noexcept {
 
 void run_block(bool reverse, size_t shared_bytes) {
   device.live = device.threads;
-  for (unsigned id = 0; id < device.threads; ++id) device.pool[id]->exited = false;
+  for (unsigned id = 0; id < device.threads; ++id) {
+    device.pool[id]->exited = false;
+    device.pool[id]->copies.clear();
+  }
   // A fresh allocation of the exact size, so that ASan sees an overrun, and of no sensible value,
   // so that everyone sees a read before the first write.
   device.shared = ::operator new(shared_bytes, std::align_val_t{128});
@@ -376,6 +381,8 @@ Votes meet_block(const char* name, bool vote, Site site) {
 }
 
 void* dynamic_shared() { return device.shared; }
+
+PendingCopies& pending_copies() { return device.running->copies; }
 
 void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure) {
   if (!launchable(grid, block, shared_bytes)) {
