@@ -92,7 +92,11 @@ def sq_grad_conv2d(
 
 
 def _allow_tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether torch.get_float32_matmul_precision() is not "highest", in a form that torch.compile can guard."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by torch's newer names, beside which it does not answer to the older ones
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def sq_grad_affine(out: Tensor, normalized: Tensor, grad_output: Tensor, channel_dim: int = -1) -> Tensor:
