@@ -27,7 +27,7 @@ py::dict build_info() {
 py::dict plan_sq_grad(int64_t groups, int64_t samples, int64_t positions, int64_t out_features,
                       int64_t in_features, bool convolution, bool tensor_cores,
                       int64_t multiprocessors, int64_t max_shared_bytes) {
-  constexpr const char* kKernels[] = {"simt", "pointwise", "direct", "mma", "mma_wide"};
+  constexpr const char* kKernels[] = {"simt", "pointwise", "direct", "mma", "mma_tall", "mma_wide"};
   const auto plan =
       fastunlearn::plan_sq_grad({groups, samples, positions, out_features, in_features},
                                 convolution, tensor_cores, {multiprocessors, max_shared_bytes});

@@ -48,6 +48,12 @@ void sq_grad_conv2d_cuda(const Tensor& out, const Tensor& input, const Tensor& g
           return launch_sq_grad_mma<SqGradMma, Scalar>(device, out, s, plan, grad_runs, input_runs);
         }
         return launch_sq_grad_mma<SqGradMma, Scalar>(device, out, s, plan, grad_runs, patches);
+      case SqGradKernel::kMmaTall:
+        if (is_pixelwise(door.geometry)) {
+          return launch_sq_grad_mma<SqGradMmaTall, Scalar>(device, out, s, plan, grad_runs,
+                                                           input_runs);
+        }
+        return launch_sq_grad_mma<SqGradMmaTall, Scalar>(device, out, s, plan, grad_runs, patches);
       case SqGradKernel::kMmaWide:
         break;  // for rows of features
     }

@@ -31,6 +31,7 @@ void sq_grad_linear_cuda(const Tensor& out, const Tensor& input, const Tensor& g
         return launch_sq_grad_mma<SqGradMmaWide, Scalar>(device, out, s, plan, grad_runs,
                                                          input_runs);
       case SqGradKernel::kDirect:
+      case SqGradKernel::kMmaTall:
         break;  // for convolutions
     }
     check(false, "sq_grad_linear: no kernel for this plan");

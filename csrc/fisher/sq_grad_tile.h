@@ -23,6 +23,7 @@ enum class SqGradKernel {
   kPointwise,  // one position per sample: the same tiles, their depth along the samples
   kDirect,     // few outputs per group: a warp for 16 of them, no tile
   kMma,        // tensor cores, tiles of 64 x 64
+  kMmaTall,    // tensor cores, tiles of 128 output x 64 input features
   kMmaWide,    // tensor cores, tiles of 128 x 128
 };
 
@@ -55,6 +56,7 @@ struct SqGradMmaTile {
   }
 };
 using SqGradMma = SqGradMmaTile<64, 64, 2, 2, 3>;
+using SqGradMmaTall = SqGradMmaTile<128, 64, 4, 2, 2>;
 using SqGradMmaWide = SqGradMmaTile<128, 128, 2, 4, 1>;
 static_assert(SqGradMma::kSharedBytes(true) <= 48 * 1024, "what every GPU gives without asking");
 
@@ -93,13 +95,19 @@ inline SqGradKernel choose_sq_grad_kernel(const SqGradShape& shape, bool convolu
   if (convolution && shape.out_features * shape.in_features <= kDirectOutputs)
     return SqGradKernel::kDirect;
   if (!tensor_cores) return SqGradKernel::kSimt;
+  if (convolution) {
+    // Patches are bound by their gathering, and a tall tile gathers them once for twice the
+    // outputs.
+    const bool tall = shape.out_features > SqGradMma::kOut &&
+                      SqGradMmaTall::kSharedBytes(true) <= device.max_shared_bytes;
+    return tall ? SqGradKernel::kMmaTall : SqGradKernel::kMma;
+  }
   // The wide tile reads half as many bytes per product. One block fills a multiprocessor, so fewer
-  // than two per multiprocessor would leave too many idle in the last round. Patches are bound by
-  // their gathering, which a wide tile does not spare.
+  // than two per multiprocessor would leave too many idle in the last round.
   using Wide = SqGradMmaWide;
   const int64_t wide =
       ceil_div(shape.out_features, Wide::kOut) * ceil_div(shape.in_features, Wide::kIn);
-  if (!convolution && wide >= 2 * device.multiprocessors &&
+  if (wide >= 2 * device.multiprocessors &&
       Wide::kSharedBytes(false) <= device.max_shared_bytes) {
     return SqGradKernel::kMmaWide;
   }
@@ -116,19 +124,22 @@ inline SqGradPlan plan_sq_grad(const SqGradShape& shape, bool convolution, bool 
   plan.kernel = choose_sq_grad_kernel(shape, convolution, tensor_cores, device);
   int64_t per_block = 1;  // tiles of a block
   int64_t wanted = 2;     // blocks per multiprocessor
+  auto use = [&]<typename Tile>(Tile) {
+    plan.tiles_out = ceil_div(shape.out_features, Tile::kOut);
+    plan.tiles_in = ceil_div(shape.in_features, Tile::kIn);
+    wanted = Tile::kBlocks;
+  };
   if (plan.kernel == SqGradKernel::kDirect) {
     plan.tiles_out = shape.out_features;
     plan.tiles_in = ceil_div(shape.in_features, kDirectFeatures);
     per_block = kDirectThreads / 32;
     wanted = 4;
   } else if (plan.kernel == SqGradKernel::kMmaWide) {
-    plan.tiles_out = ceil_div(shape.out_features, SqGradMmaWide::kOut);
-    plan.tiles_in = ceil_div(shape.in_features, SqGradMmaWide::kIn);
-    wanted = SqGradMmaWide::kBlocks;
+    use(SqGradMmaWide{});
+  } else if (plan.kernel == SqGradKernel::kMmaTall) {
+    use(SqGradMmaTall{});
   } else if (plan.kernel == SqGradKernel::kMma) {
-    plan.tiles_out = ceil_div(shape.out_features, SqGradMma::kOut);
-    plan.tiles_in = ceil_div(shape.in_features, SqGradMma::kIn);
-    wanted = SqGradMma::kBlocks;
+    use(SqGradMma{});
   } else {
     plan.tiles_out = ceil_div(shape.out_features, kTileOut);
     plan.tiles_in = ceil_div(shape.in_features, kTileIn);
