@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import environ
 from typing import Any
 
 import pytest
@@ -25,6 +26,34 @@ def test_sq_grad_linear(versus: Any, device: str, name: str) -> None:
         bmm_square_sum=lambda: torch.bmm(g.mT, a).square().sum(0),
         weight_gradient=lambda: g.flatten(0, 1).T @ a.flatten(0, 1),
     )
+
+
+# What tensor cores take, in sizes that fill a GPU.
+ON_GPU = environ.get("FASTUNLEARN_BENCH_DEVICE", "cpu") == "cuda"
+LARGE = ((256, 1, 4096, 4096), (32, 128, 768, 768), (32, 128, 4096, 4096), (256, 16, 4096, 4096))
+TENSOR_CORES = {
+    f"T={t} {p} x {d} {dtype}": (n, t, d, p, dtype)
+    for n, t, d, p in (LARGE if ON_GPU else ((32, 64, 256, 256),))
+    for dtype in ("bfloat16", "tf32")
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_CORES)
+def test_sq_grad_linear_on_tensor_cores(versus: Any, device: str, name: str) -> None:
+    n, t, d, p, kind = TENSOR_CORES[name]
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    a, g = torch.randn(n, t, d, device=device, dtype=dtype), torch.randn(n, t, p, device=device, dtype=dtype)
+    out = torch.zeros(p, d, device=device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        versus(
+            lambda: ops.sq_grad_linear(out, a, g),
+            bmm_square_sum=lambda: torch.bmm(g.mT, a).float().square().sum(0),
+            weight_gradient=lambda: g.flatten(0, 1).T @ a.flatten(0, 1),
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_sq_grad_conv2d(versus: Any, device: str) -> None:

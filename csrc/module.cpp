@@ -31,7 +31,8 @@ py::dict plan_sq_grad(int64_t groups, int64_t samples, int64_t positions, int64_
   const auto plan =
       fastunlearn::plan_sq_grad({groups, samples, positions, out_features, in_features},
                                 convolution, tensor_cores, {multiprocessors, max_shared_bytes});
-  return py::dict("kernel"_a = kKernels[static_cast<int>(plan.kernel)], "tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
+  return py::dict("kernel"_a = kKernels[static_cast<int>(plan.kernel)],
+                  "tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
                   "splits"_a = plan.splits, "samples_per_split"_a = plan.samples_per_split,
                   "blocks"_a = plan.blocks);
 }

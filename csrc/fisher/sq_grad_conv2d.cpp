@@ -66,8 +66,7 @@ struct PatchPacker {
 
 void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t groups,
-                        bool /*allow_tf32*/) {
+                        const std::vector<int64_t>& dilation, int64_t groups, bool /*allow_tf32*/) {
   const Conv2dDoor door(out, input, grad_output, stride, padding, dilation, groups);
   if (door.shape.positions == 0) return;
   dispatch_storage<CpuTypes>(door.input.scalar_type(), [&]<typename Scalar>() {

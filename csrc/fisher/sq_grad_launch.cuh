@@ -46,11 +46,10 @@ void launch_sq_grad_mma(const DeviceStream& device, const Tensor& out, const SqG
                         const InputOperand& input) {
   if constexpr (sizeof(Scalar) <= 4) {
     with_splits<float>(device, out, plan.splits, [&](float* target) {
-      device.launch_shared("sq_grad_mma",
-                           sq_grad_mma_kernel<Tile, Scalar, GradOperand, InputOperand>, plan.blocks,
-                           dim3(Tile::kThreads),
-                           Tile::kSharedBytes(GradOperand::kPositionsContiguous), grad, input,
-                           shape, plan, target);
+      device.launch_shared(
+          "sq_grad_mma", sq_grad_mma_kernel<Tile, Scalar, GradOperand, InputOperand>, plan.blocks,
+          dim3(Tile::kThreads), Tile::kSharedBytes(GradOperand::kPositionsContiguous), grad, input,
+          shape, plan, target);
     });
   } else {
     check(false, "sq_grad: tensor cores do not multiply float64 here");  // the planner knows

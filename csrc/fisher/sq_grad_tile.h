@@ -107,8 +107,7 @@ inline SqGradKernel choose_sq_grad_kernel(const SqGradShape& shape, bool convolu
   using Wide = SqGradMmaWide;
   const int64_t wide =
       ceil_div(shape.out_features, Wide::kOut) * ceil_div(shape.in_features, Wide::kIn);
-  if (wide >= 2 * device.multiprocessors &&
-      Wide::kSharedBytes(false) <= device.max_shared_bytes) {
+  if (wide >= 2 * device.multiprocessors && Wide::kSharedBytes(false) <= device.max_shared_bytes) {
     return SqGradKernel::kMmaWide;
   }
   return SqGradKernel::kMma;
