@@ -339,8 +339,8 @@ def test_copies_arrive_when_they_are_waited_for(printed_tensor_cores: dict[str, 
     neighbours = (np.arange(32) + 1) % 32
     full = (0x01010101 * (4 * neighbours[:, None] + np.arange(4) + 1)).astype(np.uint32)
     part = full.copy()
-    part[:, 1] &= 0xFFFF  # 6 bytes
-    part[:, 2:] = 0
+    part[:, 2] &= 0xFF  # 9 bytes
+    part[:, 3] = 0
     assert (looks[0] == 0xFFFFFFFF).all()  # nothing is there, nor what was there before
     assert np.array_equal(looks[1][:, 0], full)
     assert (looks[1][:, 1:] == 0xFFFFFFFF).all()

@@ -105,18 +105,28 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 #endif
 }
 
-// Starts to copy 16 bytes to shared memory, the first `bytes` (0 to 16) of them from `from` and
-// zeros for the rest. Both addresses are multiples of 16, also where nothing is read. What arrives
-// is this thread's to see after cp_async_wait, and the block's after a barrier that follows it.
-__device__ __forceinline__ void cp_async_16(void* to_shared, const void* from, int bytes) {
+// Starts to copy kBytes (4, 8 or 16) to shared memory, the first `bytes` of them from `from` and
+// zeros for the rest. Both addresses are multiples of kBytes, also where nothing is read. What
+// arrives is this thread's to see after cp_async_wait, and the block's after a barrier that follows
+// it.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* to_shared, const void* from, int bytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef FASTUNLEARN_EMULATED
-  emulator::cp_async_16(to_shared, from, bytes);
+  emulator::cp_async(to_shared, from, kBytes, bytes);
 #else
-  // .cg: past L1, which no other thread of the block would find it in.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(to_shared)), "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    // .cg: past L1, where no other thread of the block would look for it.
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to_shared)), "l"(from), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(shared_address(to_shared)), "l"(from), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
 #endif
 }
 

@@ -17,15 +17,13 @@ struct RunOperand {
   const Scalar* data;
   int64_t groups;
   int64_t rows, columns;
-  bool aligned;  // every row begins at a multiple of 16 bytes
+  int alignment;  // every row begins at a multiple of so many bytes, at most 16
 
   RunOperand(const Scalar* data, int64_t groups, int64_t rows, int64_t columns)
-      : data(data),
-        groups(groups),
-        rows(rows),
-        columns(columns),
-        aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                columns * static_cast<int64_t>(sizeof(Scalar)) % 16 == 0) {}
+      : data(data), groups(groups), rows(rows), columns(columns), alignment(16) {
+    const uintptr_t bits = reinterpret_cast<uintptr_t>(data) | columns * sizeof(Scalar);
+    while (bits % alignment != 0) alignment /= 2;
+  }
 
   __device__ __forceinline__ const Scalar* matrix(int64_t group, int64_t sample) const {
     return data + (sample * groups + group) * rows * columns;

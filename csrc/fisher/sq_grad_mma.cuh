@@ -91,7 +91,8 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[2][2], const typename Stage
 template <typename Tile, typename Stage, typename Operand>
 struct MmaLoader;
 
-// Runs of 16 bytes, copied asynchronously; element by element where rows are not aligned.
+// Runs of 16 bytes, copied asynchronously in pieces as large as the rows are aligned: 14 x 14
+// planes of 16-bit elements take 8 bytes. Odd rows of those are copied element by element.
 template <typename Tile, typename Stage, typename Scalar, bool kPositionsContiguous>
 struct MmaLoader<Tile, Stage, RunOperand<Scalar, kPositionsContiguous>> {
   using Operand = RunOperand<Scalar, kPositionsContiguous>;
@@ -104,6 +105,17 @@ struct MmaLoader<Tile, Stage, RunOperand<Scalar, kPositionsContiguous>> {
 
   __device__ __forceinline__ MmaLoader(const Operand& operand, int64_t group, int64_t first, void*)
       : operand(operand), group(group), first(first) {}
+
+  // The run's first `count` elements, and zeros.
+  template <int kBytes>
+  __device__ static __forceinline__ void copy(Scalar* to, const Scalar* from, int count) {
+    constexpr int kPiece = kBytes / sizeof(Scalar);
+#pragma unroll
+    for (int j = 0; j < Stage::kRun; j += kPiece) {
+      const int left = count - j < 0 ? 0 : count - j < kPiece ? count - j : kPiece;
+      cp_async<kBytes>(to + j, left > 0 ? from + j : from, left * static_cast<int>(sizeof(Scalar)));
+    }
+  }
 
   __device__ __forceinline__ void load(Scalar* stage, int64_t sample, int64_t t) const {
     const Scalar* matrix = operand.matrix(group, sample);
@@ -120,8 +132,12 @@ struct MmaLoader<Tile, Stage, RunOperand<Scalar, kPositionsContiguous>> {
       const Scalar* from =
           count > 0 ? matrix + (first_row + row) * operand.columns + first_column + column
                     : operand.data;
-      if (operand.aligned) {
-        cp_async_16(to, from, count * static_cast<int>(sizeof(Scalar)));
+      if (operand.alignment == 16) {
+        copy<16>(to, from, count);
+      } else if (operand.alignment == 8) {
+        copy<8>(to, from, count);
+      } else if (operand.alignment == 4) {
+        copy<4>(to, from, count);
       } else {
         // Loads first: they are all on their way before the first is stored.
         Scalar values[Stage::kRun];

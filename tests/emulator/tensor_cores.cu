@@ -53,16 +53,22 @@ __global__ void ldmatrix_kernel(uint32_t* out) {
   }
 }
 
-// Three groups of one copy each, of 16, 6 and 0 bytes; every thread looks at its neighbour's.
+// Three groups: 16 bytes at once; 9 bytes in three copies of 8, 4 and 4; none. Every thread looks
+// at its neighbour's.
 __global__ void copy_kernel(const uint32_t* from, uint32_t* out) {
   uint32_t* to = dynamic_shared<uint32_t>();
   const unsigned lane = threadIdx.x;
   const unsigned neighbour = (lane + 1) % kLanes;
-  const int bytes[3] = {16, 6, 0};
-  for (unsigned group = 0; group < 3; ++group) {
-    fastunlearn::cp_async_16(to + 4 * (kLanes * group + lane), from + 4 * lane, bytes[group]);
-    fastunlearn::cp_async_commit();
-  }
+  auto place = [&](unsigned group) { return to + 4 * (kLanes * group + lane); };
+  const uint32_t* mine = from + 4 * lane;
+  fastunlearn::cp_async<16>(place(0), mine, 16);
+  fastunlearn::cp_async_commit();
+  fastunlearn::cp_async<8>(place(1), mine, 8);
+  fastunlearn::cp_async<4>(place(1) + 2, mine + 2, 1);
+  fastunlearn::cp_async<4>(place(1) + 3, mine + 3, 0);
+  fastunlearn::cp_async_commit();
+  fastunlearn::cp_async<16>(place(2), from, 0);
+  fastunlearn::cp_async_commit();
   auto look = [&](unsigned row) {
 #ifndef MISSING_BARRIER
     __syncthreads();

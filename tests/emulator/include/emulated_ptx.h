@@ -85,13 +85,13 @@ inline uint32_t to_tf32(float x) {
   std::abort();
 }
 
-inline bool is_multiple_of_16(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+inline bool is_multiple_of(const void* address, size_t size) {
+  return reinterpret_cast<uintptr_t>(address) % size == 0;
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed,
                         Site site = Site::current()) {
-  if (!is_multiple_of_16(row)) misuse("ldmatrix: a row's address is no multiple of 16", site);
+  if (!is_multiple_of(row, 16)) misuse("ldmatrix: a row's address is no multiple of 16", site);
   const auto rows = gather_warp(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, row, site);
   const unsigned group = lane() / 4, member = lane() % 4;
   const auto at = [&](unsigned matrix, unsigned i, unsigned j) {
@@ -109,7 +109,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed,
 struct PendingCopy {
   void* to;
   const void* from;
-  int bytes;
+  size_t size, bytes;  // written, and of these read
 };
 struct PendingCopies {
   std::deque<PendingCopy> copies;
@@ -127,13 +127,14 @@ PendingCopies& pending_copies();
 
 // Until it is waited for, a copy may land at any time: its place holds neither old data nor new,
 // and a thread that still reads there is in a race with this one.
-inline void cp_async_16(void* to, const void* from, int bytes, Site site = Site::current()) {
-  if (!is_multiple_of_16(to) || !is_multiple_of_16(from))
-    misuse("cp.async: an address is no multiple of 16", site);
-  if (bytes < 0 || bytes > 16) misuse("cp.async: more than 16 bytes", site);
-  std::memset(to, 0xff, 16);
+inline void cp_async(void* to, const void* from, int size, int bytes, Site site = Site::current()) {
+  const size_t count = static_cast<size_t>(size);
+  if (!is_multiple_of(to, count) || !is_multiple_of(from, count))
+    misuse("cp.async: an address is no multiple of the size", site);
+  if (bytes < 0 || bytes > size) misuse("cp.async: more bytes than its size", site);
+  std::memset(to, 0xff, count);
   PendingCopies& pending = pending_copies();
-  pending.copies.push_back({to, from, bytes});
+  pending.copies.push_back({to, from, count, static_cast<size_t>(bytes)});
   ++pending.open;
 }
 
@@ -150,8 +151,8 @@ inline void cp_async_wait(size_t left) {
       const PendingCopy copy = pending.copies.front();
       pending.copies.pop_front();
       std::byte value[16] = {};
-      if (copy.bytes > 0) std::memcpy(value, copy.from, static_cast<size_t>(copy.bytes));
-      std::memcpy(copy.to, value, sizeof value);
+      if (copy.bytes > 0) std::memcpy(value, copy.from, copy.bytes);
+      std::memcpy(copy.to, value, copy.size);
     }
   }
 }
