@@ -87,7 +87,7 @@ def sq_grad_conv2d(
         stride, padding, dilation: pairs (vertical, horizontal).
         groups: divides Ci and Co.
 
-    Tensor cores on CUDA as for :func:`sq_grad_linear`; groups of up to 128 weights (depthwise) are summed in float32.
+    Tensor cores on CUDA as for :func:`sq_grad_linear`; groups of up to 128 weights (depthwise) take none.
 
     Cost: 2 N Ho Wo Co (Ci / groups) kh kw FLOPs; patches are unfolded tile by tile and never stored.
     """
