@@ -38,7 +38,7 @@ if command -v compute-sanitizer >/dev/null; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTUNLEARN_TEST_BACKENDS=cuda timeout 240 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x tests/test_ops.py tests/test_reset.py \
       tests/test_gram.py tests/test_lowrank.py \
-      -k "cuda and (test_repetition or test_bits or test_dependent or test_nan_in_one)" >"$out/sanitizer-$tool.log" 2>&1 ||
+      -k "cuda and (test_repetition or repeat_their_bits or test_bits or test_dependent or test_nan_in_one)" >"$out/sanitizer-$tool.log" 2>&1 ||
       { tail -n 30 "$out/sanitizer-$tool.log"; exit 1; }
     tail -n 1 "$out/sanitizer-$tool.log"
   done

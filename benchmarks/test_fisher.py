@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +32,7 @@ LINEAR = (
     if ON_GPU
     else {"T=1": (256, 1, 512, 512), "T=64": (32, 64, 256, 256), "T=512": (4, 512, 768, 768)}
 )
-DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]
+KINDS = ["float32", "tf32", "bfloat16"] if ON_GPU else ["float32"]
 CONV = {  # samples, in, out, size, groups
     "32 x 64 channels, 16 x 16": (32, 64, 64, 16, 1),
     "128 x 512 channels, 2 x 2": (128, 512, 512, 2, 1),
@@ -48,13 +48,22 @@ def chunked_bmm(a: Tensor, g: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The dtype of a kind; "tf32" is float32 where torch may round factors to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield torch.bfloat16 if request.param == "bfloat16" else torch.float32
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
 @pytest.mark.parametrize("name", LINEAR)
-def test_sq_grad_linear(versus: Any, device: str, name: str, dtype: torch.dtype) -> None:
+def test_sq_grad_linear(versus: Any, device: str, name: str, kind: torch.dtype) -> None:
     """Beside bmm -> square -> sum in chunks, the same compiled, vmap, and torch.matmul of as many FLOPs."""
     n, t, d, p = LINEAR[name]
-    a = torch.randn(n, t, d, device=device, dtype=dtype)
-    g = torch.randn(n, t, p, device=device, dtype=dtype)
+    a = torch.randn(n, t, d, device=device, dtype=kind)
+    g = torch.randn(n, t, p, device=device, dtype=kind)
     out = torch.zeros(p, d, device=device)
     step = max(1, CHUNK // (d * p))
     outer = torch.func.vmap(lambda x, y: y.mT @ x)

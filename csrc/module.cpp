@@ -26,10 +26,14 @@ py::dict build_info() {
 }
 
 py::dict plan_sq_grad(int64_t groups, int64_t samples, int64_t positions, int64_t out_features,
-                      int64_t in_features, int64_t multiprocessors) {
-  const auto plan = fastunlearn::plan_sq_grad(
-      {groups, samples, positions, out_features, in_features}, multiprocessors);
-  return py::dict("tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
+                      int64_t in_features, bool convolution, bool tensor_cores,
+                      int64_t multiprocessors, int64_t max_shared_bytes) {
+  constexpr const char* kKernels[] = {"simt", "pointwise", "direct", "mma", "mma_tall", "mma_wide"};
+  const auto plan =
+      fastunlearn::plan_sq_grad({groups, samples, positions, out_features, in_features},
+                                convolution, tensor_cores, {multiprocessors, max_shared_bytes});
+  return py::dict("kernel"_a = kKernels[static_cast<int>(plan.kernel)],
+                  "tiles_out"_a = plan.tiles_out, "tiles_in"_a = plan.tiles_in,
                   "splits"_a = plan.splits, "samples_per_split"_a = plan.samples_per_split,
                   "blocks"_a = plan.blocks);
 }
@@ -101,8 +105,8 @@ PYBIND11_MODULE(_C, m) {
       "The compiled operators of fastunlearn (torch.ops.fastunlearn) and their launch planners.";
   m.def("build_info", &build_info, "How this library was built.");
   m.def("plan_sq_grad", &plan_sq_grad, "groups"_a, "samples"_a, "positions"_a, "out_features"_a,
-        "in_features"_a, "multiprocessors"_a,
-        "Tiles and splits of sq_grad_linear and sq_grad_conv2d.");
+        "in_features"_a, "convolution"_a, "tensor_cores"_a, "multiprocessors"_a,
+        "max_shared_bytes"_a, "Kernel, tiles and splits of sq_grad_linear and sq_grad_conv2d.");
   m.def("plan_sq_grad_wgmma", &plan_sq_grad_wgmma, "samples"_a, "positions"_a, "out_features"_a,
         "in_features"_a, "multiprocessors"_a,
         "Tile, cluster and splits of sq_grad_linear on Hopper; tile_in = 0: not for that kernel.");

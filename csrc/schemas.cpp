@@ -5,12 +5,15 @@
 #include "common/names.h"
 
 STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
-  // out[P, D] += sum_n (sum_t grad_output[n, t, p] * input[n, t, d])^2
-  m.def("sq_grad_linear(Tensor(a!) out, Tensor input, Tensor grad_output) -> ()");
+  // out[P, D] += sum_n (sum_t grad_output[n, t, p] * input[n, t, d])^2. allow_tf32: fp32 inputs may
+  // be rounded to TF32 on CUDA; a CPU never does.
+  m.def(
+      "sq_grad_linear(Tensor(a!) out, Tensor input, Tensor grad_output, bool allow_tf32=False) -> "
+      "()");
   // The same over the patches of a convolution: out[Co, Ci/groups, kh, kw].
   m.def(
       "sq_grad_conv2d(Tensor(a!) out, Tensor input, Tensor grad_output, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups) -> ()");
+      "int[2] padding, int[2] dilation, int groups, bool allow_tf32=False) -> ()");
   // out[C] += sum_n (sum_t grad_output[n, t, c] * normalized[n, t, c])^2
   m.def(
       "sq_grad_affine(Tensor(a!) out, Tensor normalized, Tensor grad_output, int channel_dim=-1) "

@@ -58,10 +58,14 @@ def sq_grad_linear(out: Tensor, input: Tensor, grad_output: Tensor) -> Tensor:
         input: [N, D] or [N, ..., D]; all axes between are positions t of one sample.
         grad_output: [N, P] or [N, ..., P], same dtype and leading axes as ``input``.
 
+    On CUDA bfloat16 and float16 go to the tensor cores, and float32 does, rounded to TF32, unless
+    ``torch.get_float32_matmul_precision()`` is "highest". Their products are exact and their sums in float32, but cut
+    off instead of rounded, so that the error grows with T; float32 at "highest" rounds.
+
     Cost: 2 N T P D FLOPs, as the ordinary weight gradient, and one multiply-add per weight and sample; on CUDA a
     workspace of at most 16 x P x D. Source: the empirical Fisher diagonal, as DeepClean (Shi et al. 2024) uses it.
     """
-    _ops.sq_grad_linear(out, input, grad_output)
+    _ops.sq_grad_linear(out, input, grad_output, _allow_tf32())
     return out
 
 
@@ -83,10 +87,22 @@ def sq_grad_conv2d(
         stride, padding, dilation: pairs (vertical, horizontal).
         groups: divides Ci and Co.
 
+    Tensor cores on CUDA as for :func:`sq_grad_linear`; groups of up to 128 weights (depthwise) take none.
+
     Cost: 2 N Ho Wo Co (Ci / groups) kh kw FLOPs; patches are unfolded tile by tile and never stored.
     """
-    _ops.sq_grad_conv2d(out, input, grad_output, list(stride), list(padding), list(dilation), groups)
+    _ops.sq_grad_conv2d(
+        out, input, grad_output, list(stride), list(padding), list(dilation), groups, _allow_tf32()
+    )  # fmt: skip
     return out
+
+
+def _allow_tf32() -> bool:
+    """Whether torch.get_float32_matmul_precision() is not "highest", in a form that torch.compile can guard."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set by torch's newer names, beside which it does not answer to the older ones
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def sq_grad_affine(out: Tensor, normalized: Tensor, grad_output: Tensor, channel_dim: int = -1) -> Tensor:

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 EMULATOR = Path(__file__).parent / "emulator"
+SOURCES = EMULATOR.parent.parent / "csrc"
 FLAGS = [
     *("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"),
-    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR.parent.parent / 'csrc'}"),
+    *("-DFASTUNLEARN_EMULATED", f"-I{EMULATOR / 'include'}", f"-I{SOURCES}"),
     *("-Wno-psabi", "-Wno-unknown-pragmas"),
 ]
 SANITIZE = {
@@ -263,10 +264,104 @@ def test_rounding_to_16_bits_is_to_nearest_even_as_in_torch(run: Run, tmp_path: 
         assert (ours[~number] == 0x7FFF).all()  # CUDA's NaN
 
 
+@pytest.mark.parametrize("kind", ["BF16", "HALF", "TF32"])
+def test_mma_is_the_product_of_matrices_laid_out_as_the_ptx_manual_says(run: Run, tmp_path: Path, kind: str) -> None:
+    """The manual's formulas for the row and column of each lane's element i, for m16n8k16 and m16n8k8."""
+    random = np.random.default_rng(0)
+    wide = kind == "TF32"
+    depth = 8 if wide else 16
+    # Small integers: exact whatever the order of the sum, and d starts from something.
+    a, b = random.integers(-8, 8, (16, depth)), random.integers(-8, 8, (depth, 8))
+    d = random.integers(-8, 8, (16, 8))
+    group, member = np.divmod(np.arange(32), 4)
+
+    def of_a(i: int) -> tuple[Any, Any]:
+        if wide:
+            return group + 8 * (i in (1, 3)), member + 4 * (i >= 2)
+        return group + 8 * (not (0 <= i < 2 or 4 <= i < 6)), 2 * member + i % 2 + 8 * (i >= 4)
+
+    def of_b(i: int) -> tuple[Any, Any]:
+        return (member + 4 * i, group) if wide else (2 * member + i % 2 + 8 * (i >= 2), group)
+
+    def of_d(i: int) -> tuple[Any, Any]:
+        return group + 8 * (i >= 2), 2 * member + i % 2
+
+    def registers(matrix: np.ndarray[Any, Any], at: Callable[[int], tuple[Any, Any]], count: int) -> bytes:
+        values = torch.tensor(np.stack([matrix[at(i)] for i in range(count)], axis=1))  # [32, count]
+        dtype = {"BF16": torch.bfloat16, "HALF": torch.float16, "TF32": torch.float32}[kind]
+        stored = values.to(torch.float32 if matrix is d else dtype).contiguous()
+        return stored.view(torch.int16 if stored.element_size() == 2 else torch.int32).numpy().tobytes()
+
+    elements = 1 if wide else 2  # of a register
+    packed = registers(a, of_a, 4 * elements) + registers(b, of_b, 2 * elements) + registers(d, of_d, 4)
+    (tmp_path / "in").write_bytes(packed)
+    assert_clean(run("tensor_cores.cu", arguments=(kind, tmp_path / "in", tmp_path / "out")))
+    ours = np.fromfile(tmp_path / "out", np.float32).reshape(32, 4)
+    expected = d + a @ b
+    for i in range(4):
+        assert np.array_equal(ours[:, i], expected[of_d(i)])
+
+
+def test_tf32_is_rounded_to_nearest_before_the_product(run: Run, tmp_path: Path) -> None:
+    values = np.array([1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 2**-11, 1 + 3 * 2**-11, 3e38, np.inf], np.float32)
+    a, b = np.zeros((32, 4), np.float32), np.zeros((32, 2), np.float32)
+    a[:24:4, 0] = values  # row = group, column 0
+    b[::4, 0] = 1  # row 0
+    (tmp_path / "in").write_bytes(a.tobytes() + b.tobytes() + bytes(512))
+    assert_clean(run("tensor_cores.cu", arguments=("TF32", tmp_path / "in", tmp_path / "out")))
+    ours = np.fromfile(tmp_path / "out", np.float32).reshape(32, 4)[:24:4, 0]
+    assert list(ours[:4]) == [1 + 2**-10, 1, -1 - 2**-10, 1 + 2**-9]
+    assert abs(ours[4] / values[4] - 1) <= 2**-11
+    assert ours[5] == np.inf
+
+
+@pytest.fixture(scope="session")
+def printed_tensor_cores(run: Run) -> dict[str, list[int]]:
+    done = run("tensor_cores.cu")
+    assert_clean(done)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {name: list(map(int, values)) for name, *values in lines}
+
+
+def test_ldmatrix_deals_out_rows_or_columns(printed_tensor_cores: dict[str, list[int]]) -> None:
+    values = np.array(printed_tensor_cores["ldmatrix"], np.uint32).reshape(2, 32, 4)
+    pairs = np.stack([values & 0xFFFF, values >> 16], axis=-1)  # [plain or transposed, lane, matrix, half]
+    for lane in range(32):
+        group, member = divmod(lane, 4)
+        for matrix in range(4):
+            for half in range(2):
+                row, column = 8 * matrix + group, 2 * member + half
+                assert pairs[0, lane, matrix, half] == 16 * row + column
+                row, column = 8 * matrix + 2 * member + half, group
+                assert pairs[1, lane, matrix, half] == 16 * row + column
+
+
+def test_copies_arrive_when_they_are_waited_for(printed_tensor_cores: dict[str, list[int]]) -> None:
+    looks = np.array(printed_tensor_cores["copy"], np.uint32).reshape(3, 32, 3, 4)  # [look, lane, group, word]
+    neighbours = (np.arange(32) + 1) % 32
+    full = (0x01010101 * (4 * neighbours[:, None] + np.arange(4) + 1)).astype(np.uint32)
+    part = full.copy()
+    part[:, 2] &= 0xFF  # 9 bytes
+    part[:, 3] = 0
+    assert (looks[0] == 0xFFFFFFFF).all()  # nothing is there, nor what was there before
+    assert np.array_equal(looks[1][:, 0], full)
+    assert (looks[1][:, 1:] == 0xFFFFFFFF).all()
+    assert np.array_equal(looks[2], np.stack([full, part, np.zeros_like(full)], axis=1))
+
+
+def test_copies_need_a_barrier_beside_the_wait(run: Run) -> None:
+    assert_clean(run("tensor_cores.cu", "thread"))
+    assert_clean(run("tensor_cores.cu", "address"))
+    done = run("tensor_cores.cu", "thread", "MISSING_BARRIER")
+    assert done.returncode != 0
+    assert "ThreadSanitizer: data race" in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", ["semantics.cu", "conversions.cu"])
+@pytest.mark.parametrize("source", ["semantics.cu", "conversions.cu", "tensor_cores.cu"])
 def test_the_same_source_compiles_with_nvcc(source: str, tmp_path: Path) -> None:
-    compile_with("nvcc", "-std=c++20", "-arch=sm_80", "-c", EMULATOR / source, "-o", tmp_path / "object.o")
+    words = ("-std=c++20", "-arch=sm_80", f"-I{SOURCES}", "-c", EMULATOR / source, "-o", tmp_path / "object.o")
+    compile_with("nvcc", *words)
 
 
 # --------------------------------------------------------------------------------------- it bites

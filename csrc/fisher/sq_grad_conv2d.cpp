@@ -104,7 +104,7 @@ struct TapRows {
 
 void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t groups) {
+                        const std::vector<int64_t>& dilation, int64_t groups, bool /*allow_tf32*/) {
   const Conv2dDoor door(out, input, grad_output, stride, padding, dilation, groups);
   const SqGradShape& s = door.shape;
   if (out.numel() == 0 || s.samples == 0 || s.positions == 0) return;

@@ -65,7 +65,8 @@ struct FeatureRows {
   int64_t step() const { return unit_size; }
 };
 
-void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output) {
+void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,
+                        bool /*allow_tf32*/) {
   const LinearDoor door(out, input, grad_output);
   const SqGradShape& s = door.shape;
   if (out.numel() == 0 || s.samples == 0 || s.positions == 0) return;

@@ -7,6 +7,7 @@
 #include "runtime.h"
 
 #include <cuda_runtime.h>
+#include <emulated_ptx.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -187,6 +188,7 @@ struct Thread {
   const Condition* waiting_for = nullptr;
   Site site;
   bool exited = false;
+  PendingCopies copies;
 };
 
 // Everything about the launch in progress. There is one at a time (shared memory is static), under
@@ -317,7 +319,10 @@ void run_cluster(bool reverse) {
   device.live = device.threads;
   for (unsigned block = 0; block < device.cluster; ++block)
     device.block_live[block] = device.block_threads;
-  for (unsigned id = 0; id < device.threads; ++id) device.pool[id]->exited = false;
+  for (unsigned id = 0; id < device.threads; ++id) {
+    device.pool[id]->exited = false;
+    device.pool[id]->copies.clear();
+  }
   // A fresh allocation of the exact size, so that ASan sees an overrun, and of no sensible value,
   // so that everyone sees a read before the first write.
   for (unsigned block = 0; block < device.cluster; ++block) {
@@ -431,6 +436,8 @@ Cluster running_cluster() { return {device.cluster, device.block_threads}; }
 SharedMemory shared_memory(unsigned block) {
   return {static_cast<std::byte*>(device.shared[block]), device.shared_bytes};
 }
+
+PendingCopies& pending_copies() { return device.running->copies; }
 
 void launch_grid(dim3 grid, dim3 block, size_t shared_bytes, KernelBody body, const void* closure,
                  unsigned cluster) {
