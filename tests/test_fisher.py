@@ -351,7 +351,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any],
     "NaN weights": (not_a_number, lambda: images(6), {}, ValueError, "weight holds NaN"),
     "unequal lengths": (linear, lambda: [(torch.randn(3, 6), torch.zeros(2))], {}, ValueError, "first axis"),
     "a bare tensor": (linear, lambda: [torch.randn(3, 6)], {}, ValueError, "pair"),
-    "an unknown kind": (linear, lambda: images(6), {"kind": "exact"}, ValueError, "kind must be"),
+    "an unknown kind": (linear, lambda: images(6), {"kind": "true"}, ValueError, "kind must be"),
     "batch statistics": (
         lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double(),
         lambda: images(6),
