@@ -123,7 +123,7 @@ def observing(model: nn.Module, losses_of: Losses, batch: Batch, keep: bool) -> 
     taps, records = Taps(), defaultdict(list)
 
     def on_call(call: Call) -> None:
-        records[call.module].append(Record.of(call, keep, taps))
+        records[call.module].append(Record.of(call, keep, taps, whole=keep))
 
     try:
         with recording(model.modules(), on_call):
@@ -410,72 +410,85 @@ def _activation(search: _Search, unit: Unit) -> int:
 
 
 def _spreads(search: _Search, around: Unit, module: nn.Module, local: str | None, form: int) -> bool:
-    """Try: a batch of the same sample twice, with a random value each in place of the parameter ``local`` (of the
-    output, for None), must give what each value gives alone, and the two must differ."""
+    """Try: a batch of the same sample twice, the second with another value for the parameter ``local`` (for what the
+    module returns, if None), must give what each value gives alone, and the two must differ."""
     for record in search.two.records[around.module]:
         assert record.call is not None
-        given = (record.call.args, record.call.kwargs)
-        single = only_sample(given, around.input_axes, 0)
+        single = only_sample((record.call.args, record.call.kwargs), around.input_axes, 0)
         double = map_tensors(single, around.input_axes, lambda t, a: t if a is None else torch.cat([t, t], a))
-        values: list[Tensor] = []
+        noise: list[Tensor] = []
 
-        def drawn(value: Tensor, values: list[Tensor] = values) -> list[Tensor]:
-            """Two values like this one, the same for every call of the module."""
-            if not values:
-                scale = value.std(correction=0) + 0.1
-                values.extend(value + scale * torch.randn_like(value) for _ in range(2))
-            return values
+        def other(value: Tensor, noise: list[Tensor] = noise) -> Tensor:
+            """The same in every call of the module."""
+            if not noise:
+                noise.append(torch.randn_like(value) * (value.std(correction=0) + 0.1))
+            return value + noise[0]
 
-        def run(
-            arguments: tuple[tuple[object, ...], dict[str, object]],
-            choose: Callable[[list[Tensor]], Tensor],
-            drawn: Callable[[Tensor], list[Tensor]] = drawn,
-        ) -> list[Tensor]:
-            substitution = Substitution()
-            with ExitStack() as stack:
-                stack.callback(substitution.originals)
-                if local is None:
-                    change = lambda out: choose(drawn(out.detach()))  # noqa: E731
-                    stack.callback(substitution.output(module, change))
-                else:
-                    original = module._parameters[local]
-                    assert original is not None
-                    substitution.attribute(module, local, choose(drawn(original.detach())))
-                return run_again(around, *arguments, search.context)
-
-        def rows(values: list[Tensor]) -> Tensor:
-            return torch.cat([spread(v, 1, form) for v in values])
+        def both(value: Tensor) -> Tensor:
+            return torch.cat([spread(value, 1, form), spread(other(value), 1, form)])
 
         try:
-            both = run(double, rows)
+            together = _run_with(search, around, double, module, local, both, graph=True)
         except Exception:
             return False  # the model's own code does not take the substitute; whatever it raises, it says no
-        alone = [run(single, lambda values: values[0]), run(single, lambda values: values[1])]
-        graph = [t.grad_fn for t in both if t.grad_fn is not None]
+        graph = [t.grad_fn for t in together if t.grad_fn is not None]
         used = {p for _, _, p in edges_between(graph, set())}
         if any(id(p) in used for p in ([module._parameters[local]] if local else module.parameters())):
             return False  # there is another way to the value than the one replaced
-        if not _agree(both, alone, around.output_axes):
+        alone = _run_with(search, around, single, module, local, other)
+        if not _agree(together, _before(search, around, record, single), alone, around.output_axes):
             return False
     return True
 
 
-def _agree(both: Sequence[Tensor], alone: Sequence[Sequence[Tensor]], axes: Axes) -> bool:
+def _run_with(
+    search: _Search,
+    unit: Unit,
+    arguments: tuple[tuple[object, ...], dict[str, object]],
+    module: nn.Module,
+    local: str | None,
+    change: Callable[[Tensor], Tensor],
+    graph: bool = False,
+) -> list[Tensor]:
+    """The unit's outputs with a parameter of ``module``, or what it returns, changed."""
+    substitution = Substitution()
+    with ExitStack() as stack:
+        stack.callback(substitution.originals)
+        if local is None:
+            stack.callback(substitution.output(module, lambda output: change(output.detach())))
+        else:
+            original = module._parameters[local]
+            assert original is not None
+            substitution.attribute(module, local, change(original.detach()))
+        return run_again(unit, *arguments, search.context, graph)
+
+
+def _before(
+    search: _Search, unit: Unit, record: Record, single: tuple[tuple[object, ...], dict[str, object]]
+) -> list[Tensor]:
+    """What the unit returned for the first sample, from the pass of two unless it was written over since."""
+    if any(t._version != version for t, version in record.returned):
+        return run_again(unit, *single, search.context, graph=False)
+    values = zip(record.returned, unit.output_axes, strict=True)
+    return [t if axis is None else t.narrow(axis, 0, 1) for (t, _), axis in values]
+
+
+def _agree(both: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], axes: Axes) -> bool:
     """Whether a batch of two gives what its samples give alone, far closer than they are to each other."""
-    error = effect = 0.0
-    tolerance = 0.0
-    for together, first, second, axis in zip(both, *alone, axes, strict=True):
-        if axis is None or together.dim() <= axis or together.shape[axis] != 2 or first.shape != second.shape:
+    error = effect = tolerance = 0.0
+    if not len(both) == len(first) == len(second):
+        return False
+    for together, *singles, axis in zip(both, first, second, axes, strict=True):
+        if axis is None or together.dim() <= axis or together.shape[axis] != 2:
             return False
-        if not together.is_floating_point():
-            continue
-        for n, single in enumerate((first.detach(), second.detach())):
-            part = together.detach().narrow(axis, n, 1)
-            if part.shape != single.shape:
-                return False
-            error = max(error, float((part - single).abs().max()))
-        effect = max(effect, float((first - second).detach().abs().max()))
-        tolerance = max(tolerance, _tolerance(together.dtype))
+        parts = [together.detach().narrow(axis, n, 1) for n in range(2)]
+        alone = [single.detach() for single in singles]
+        if any(part.shape != single.shape for part, single in zip(parts, alone, strict=True)):
+            return False
+        if together.is_floating_point() and together.numel():
+            error = max(error, *(float((p - s).abs().max()) for p, s in zip(parts, alone, strict=True)))
+            effect = max(effect, float((alone[0] - alone[1]).abs().max()))
+            tolerance = max(tolerance, _tolerance(together.dtype))
     return error <= tolerance * effect and 0 < effect < float("inf")
 
 
@@ -497,10 +510,10 @@ def _keeps_apart(search: _Search, unit: Unit) -> bool:
 def _apart(search: _Search, unit: Unit, record: Record) -> bool:
     assert record.call is not None
     given = (record.call.args, record.call.kwargs)
-    both = [t.detach() for t in run_again(unit, *given, search.context)]
+    both = [t.detach() for t in run_again(unit, *given, search.context, graph=False)]
     for n in range(2):
         args, kwargs = only_sample(given, unit.input_axes, n)
-        alone = run_again(unit, args, kwargs, search.context)
+        alone = run_again(unit, args, kwargs, search.context, graph=False)
         if len(alone) != len(both):
             return False
         for together, single, axis in zip(both, alone, unit.output_axes, strict=True):

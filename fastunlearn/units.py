@@ -24,19 +24,32 @@ Parameters = Sequence[tuple[nn.Parameter, Tensor]]  # each with the sums of its 
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-def tensors_of(values: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, mappings, dataclasses and Hugging Face outputs."""
-    found: list[Tensor] = []
-    for leaf in tree_flatten(values)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping) and leaf:
-            found += tensors_of(list(leaf.values()))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_of([getattr(leaf, f.name) for f in fields(leaf)])
-        elif isinstance(getattr(leaf, "logits", None), Tensor):
-            found.append(leaf.logits)
-    return found
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested arguments, in the order of ``tree_flatten``, which takes longer for the usual ones."""
+    if isinstance(values, Tensor):
+        return [values]
+    if type(values) in (tuple, list):
+        return [t for value in values for t in tensors_in(value)]
+    if type(values) is dict:
+        return [t for value in values.values() for t in tensors_in(value)]
+    if values is None or isinstance(values, (bool, int, float, str)):
+        return []
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors in what a module returned; also in mappings, dataclasses and Hugging Face outputs."""
+    if isinstance(output, Tensor):
+        return [output]
+    if type(output) in (tuple, list):
+        return [t for value in output for t in tensors_of(value)]
+    if isinstance(output, Mapping) and output:
+        return [t for value in output.values() for t in tensors_of(value)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [t for f in fields(output) for t in tensors_of(getattr(output, f.name))]
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return [output.logits]
+    return tensors_in(output)
 
 
 @dataclass(frozen=True)
@@ -92,14 +105,23 @@ class Record:
     keys: list[Key | None] = field(default_factory=list)  # per tensor returned
     grads: list[Tensor | None] = field(default_factory=list)
     missing: int = 0
+    returned: list[tuple[Tensor, int]] = field(default_factory=list)  # with versions, where asked for
 
     @classmethod
-    def of(cls, call: Call, keep: bool, taps: Taps, arrived: Callable[[Record], None] | None = None) -> Record:
+    def of(
+        cls,
+        call: Call,
+        keep: bool,
+        taps: Taps,
+        arrived: Callable[[Record], None] | None = None,
+        whole: bool = False,
+    ) -> Record:
         """To be made in the forward hook, before anybody can write over what the module returned.
 
-        ``arrived`` is called with the record when the last of ``missing`` gradients has come.
+        ``arrived`` is called with the record when the last of ``missing`` gradients has come; ``whole`` keeps what was
+        returned.
         """
-        given, returned = tensors_of((call.args, call.kwargs)), tensors_of(call.output)
+        given, returned = tensors_in((call.args, call.kwargs)), tensors_of(call.output)
         record = cls(
             replace(call, output=None) if keep else None,
             tuple(t.shape for t in given),
@@ -120,12 +142,14 @@ class Record:
             listen = tensor.requires_grad and not again
             record.keys.append(taps.add(tensor, partial(take, i)) if listen else None)
         record.grads = [None] * len(returned)
+        if whole:
+            record.returned = [(t.detach(), t._version) for t in returned]
         return record
 
     def require_unwritten(self, unit: Unit) -> None:
         """Raise ValueError if a tensor the module was given holds something else by now."""
         assert self.call is not None
-        if [t._version for t in tensors_of((self.call.args, self.call.kwargs))] != self.versions:
+        if [t._version for t in tensors_in((self.call.args, self.call.kwargs))] != self.versions:
             raise ValueError(
                 f"the input of {unit.name} was written over in place after it was used, so its gradient is lost; "
                 "use the out-of-place operation there"
@@ -215,10 +239,10 @@ def map_tensors(values: Any, axes: Sequence[int | None], change: Callable[[Tenso
     return tree_unflatten(leaves, structure)
 
 
-def run_again(unit: Unit, args: Any, kwargs: Any, context: Context = nullcontext) -> list[Tensor]:
-    """The unit's output tensors from detached inputs, with a graph that ends at its parameters."""
+def run_again(unit: Unit, args: Any, kwargs: Any, context: Context = nullcontext, graph: bool = True) -> list[Tensor]:
+    """The unit's output tensors from detached inputs; their ``graph`` ends at its parameters."""
     args, kwargs = map_tensors((args, kwargs), unit.input_axes, lambda t, _: t.detach())
-    with torch.enable_grad(), context():
+    with torch.set_grad_enabled(graph), context():
         return tensors_of(unit.module(*args, **kwargs))
 
 
