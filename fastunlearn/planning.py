@@ -391,9 +391,10 @@ def _bare(search: _Search, name: str, parameter: nn.Parameter, owners: Sequence[
     if len(owners) != 1 or around is None or parameter.numel() > _activation(search, around):
         return None
     _, module, local = owners[0]
-    rank = len(search.two.records[around.module][0].outputs[0])
     forms = [-1] if parameter.dim() > 1 and parameter.shape[0] == 1 else []
-    forms += dict.fromkeys(k for k in (rank - 1 - parameter.dim(), 0) if k >= 0)
+    # The parameter meets activations [N, ..., *its own axes], with as many axes between as it takes.
+    ranks = {len(shape) for shape in _shapes_inside(search, around)}
+    forms += sorted({rank - 1 - parameter.dim() for rank in ranks if rank > parameter.dim()}, reverse=True)
     for form in forms:
         if _spreads(search, around, module, local, form):
             return Bare(name, module, local, form)
@@ -402,11 +403,13 @@ def _bare(search: _Search, name: str, parameter: nn.Parameter, owners: Sequence[
 
 def _activation(search: _Search, unit: Unit) -> int:
     """Numbers per sample in the largest tensor that a module inside the unit is given or returns."""
-    inside = {m for m in unit.module.modules()}
-    sizes = [
-        s.numel() for m, rs in search.two.records.items() if m in inside for r in rs for s in (*r.inputs, *r.outputs)
-    ]
-    return max(sizes, default=0) // 2
+    return max((shape.numel() for shape in _shapes_inside(search, unit)), default=0) // 2
+
+
+def _shapes_inside(search: _Search, unit: Unit) -> Iterator[torch.Size]:
+    for module in unit.module.modules():
+        for record in search.two.records.get(module, []):
+            yield from (*record.inputs, *record.outputs)
 
 
 def _spreads(search: _Search, around: Unit, module: nn.Module, local: str | None, form: int) -> bool:

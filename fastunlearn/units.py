@@ -265,17 +265,18 @@ def add_one_by_one(
         for record in records:
             assert record.call is not None
             args, kwargs = only_sample((record.call.args, record.call.kwargs), unit.input_axes, n)
-            outputs = run_again(unit, args, kwargs, context)
-            pairs = [
-                (output, gradient.narrow(axis, n, 1))
-                for output, gradient, axis in zip(outputs, record.grads, unit.output_axes, strict=True)
-                if gradient is not None and axis is not None and output.requires_grad
-            ]
-            if not pairs:
-                continue
-            grads = torch.autograd.grad(
-                [o for o, _ in pairs], [p for p, _ in parameters], [g for _, g in pairs], allow_unused=True
-            )
+            with context():  # also around the backward pass, for checkpoints inside run the module again
+                outputs = run_again(unit, args, kwargs)
+                pairs = [
+                    (output, gradient.narrow(axis, n, 1))
+                    for output, gradient, axis in zip(outputs, record.grads, unit.output_axes, strict=True)
+                    if gradient is not None and axis is not None and output.requires_grad
+                ]
+                if not pairs:
+                    continue
+                grads = torch.autograd.grad(
+                    [o for o, _ in pairs], [p for p, _ in parameters], [g for _, g in pairs], allow_unused=True
+                )
             for i, (gradient, (_, out)) in enumerate(zip(grads, parameters, strict=True)):
                 if gradient is not None:
                     wide = gradient.to(out.dtype)
