@@ -103,12 +103,20 @@ def _batch(raw: Any, name: str, device: torch.device) -> Batch:
     return Batch(args, kwargs, targets, sizes.pop())
 
 
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of logits [N, C, ...] per sample [N], halves in float32; further axes (positions) are averaged."""
+    loss = cross_entropy_by_position(outputs, targets)
+    return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+
+
+def cross_entropy_by_position(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits [N, C, ...], shape [N, ...], halves in float32; zero where the label is -100."""
     if outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()
-    loss = F.cross_entropy(outputs, targets, reduction="none")
-    return loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+    return F.cross_entropy(outputs, targets, reduction="none", ignore_index=IGNORED)
 
 
 def per_sample_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any, size: int) -> Tensor:
@@ -116,8 +124,7 @@ def per_sample_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any, si
 
     Raises TypeError for outputs that carry no gradient (integers), ValueError for a loss of any other shape.
     """
-    if isinstance(outputs, Tensor) and not outputs.is_floating_point():
-        raise TypeError(f"the model returns {outputs.dtype}, which has no gradient; return logits, not class indices")
+    _require_gradients(outputs)
     loss = (loss_fn or cross_entropy)(outputs, targets)
     if not isinstance(loss, Tensor) or loss.shape != (size,):
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -126,3 +133,28 @@ def per_sample_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any, si
             'scale of each sample: use reduction="none"'
         )
     return loss
+
+
+def per_position_loss(loss_fn: LossFunction | None, outputs: Any, targets: Any, size: int) -> Tensor:
+    """One loss per sample and position, shape [size, T]; further axes of positions are flattened. Errors as above."""
+    _require_gradients(outputs)
+    loss = (loss_fn or cross_entropy_by_position)(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.dim() < 2 or len(loss) != size:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"with sample='token' loss_fn must return one loss per position, shape [{size}, T], got {shape}; "
+            'use reduction="none" and logits [N, C, T]'
+        )
+    return loss.flatten(1)
+
+
+def labelled_positions(targets: Any, losses: Tensor) -> Tensor:
+    """Which positions count, shaped like ``losses`` [N, T]: where targets are labels, all but those labelled -100."""
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel() == losses.numel():
+        return targets.reshape(losses.shape) != IGNORED
+    return torch.ones_like(losses, dtype=torch.bool)
+
+
+def _require_gradients(outputs: Any) -> None:
+    if isinstance(outputs, Tensor) and not outputs.is_floating_point():
+        raise TypeError(f"the model returns {outputs.dtype}, which has no gradient; return logits, not class indices")

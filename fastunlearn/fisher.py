@@ -1,46 +1,81 @@
 """The diagonal of the Fisher information of an unmodified model: exact per-sample squares at any batch size.
 
-A *unit* is a module whose inputs and output gradients are recorded. Units with a rule (Linear, Conv, norm and
-embedding layers) feed the kernels of :mod:`fastunlearn.ops`; every other module that owns a parameter is
-differentiated again sample by sample, from the recorded inputs, on that module alone. A probe of one and two
-samples decides beforehand which is possible, and proves it: every use of a parameter that autograd knows of must
-be a use that was recorded.
+A *unit* is a module whose calls are recorded. Its output gradients are taken as autograd computes them, turned into
+squares at once, and dropped: what the layer was given and the gradient of what it returned feed the kernels of
+:mod:`fastunlearn.ops` by the rules of :mod:`fastunlearn.rules`. What to record is decided, and proven complete, by
+:mod:`fastunlearn.planning`; every batch is held against that plan.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read
+from fastunlearn.data import (
+    IGNORED,
+    Batch,
+    Batches,
+    LossFunction,
+    labelled_positions,
+    per_position_loss,
+    per_sample_loss,
+    read,
+)
+from fastunlearn.graph import Taps
 from fastunlearn.hooks import Call, device_of, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
-from fastunlearn.rules import Seen, applies, joinable, joined, rule_of, ruled_owners
+from fastunlearn.planning import (
+    Observed,
+    Plan,
+    Probe,
+    full_plan,
+    owners_with_rules,
+    plan_of_rules,
+    probe,
+    require_independent,
+)
+from fastunlearn.rules import Seen, joined, rule_of, ruled_owners
+from fastunlearn.units import Record, Substitution, Unit, add_squares, map_tensors, spread, zeros_for
+from fastunlearn.uses import Use
 
-Kind = Literal["empirical", "monte_carlo"]
+Kind = Literal["empirical", "monte_carlo", "exact"]
+Sample = Literal["sequence", "token"]
 
 
 class FisherDiagonal(Mapping[str, Tensor]):
     """Parameter name -> mean over samples of the squared per-sample gradient, shaped like the parameter.
 
+    Diagonals of one model over different samples add up to the diagonal over all of them, so a long pass can be split,
+    resumed, or spread over machines::
+
+        F = fisher_diagonal(model, first_half)
+        F.save("fisher.safetensors")
+        F = FisherDiagonal.load("fisher.safetensors") + fisher_diagonal(model, second_half)
+        F = sum(fisher_diagonal(model, loader) for loader in loaders)
+
     Attributes:
         num_samples: how many samples the mean is over.
+        kind, sample: as given to :func:`fisher_diagonal`.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], num_samples: int) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], num_samples: int, kind: Kind = "empirical", sample: Sample = "sequence"
+    ) -> None:
         self._values = dict(values)
         self.num_samples = num_samples
+        self.kind: Kind = kind
+        self.sample: Sample = sample
 
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
@@ -54,12 +89,40 @@ class FisherDiagonal(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"FisherDiagonal({len(self)} parameters, {self.num_samples} samples)"
 
+    def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
+        """The diagonal over the samples of both, on this one's device.
+
+        Raises ValueError when names, shapes, ``kind`` or ``sample`` differ. Rounds once more than a single pass does.
+        """
+        if not isinstance(other, FisherDiagonal):
+            return NotImplemented
+        if alone := sorted(set(self) ^ set(other)):
+            raise ValueError(f"the diagonals are not of the same parameters: {alone} are in one only")
+        for name, value in self.items():
+            if value.shape != other[name].shape:
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)} in one and {list(other[name].shape)} in the other"
+                )
+        for setting in ("kind", "sample"):
+            ours, theirs = getattr(self, setting), getattr(other, setting)
+            if ours != theirs:
+                raise ValueError(f"the diagonals are of {setting} {ours!r} and {theirs!r}, which do not add up")
+        total = self.num_samples + other.num_samples
+        share = other.num_samples / total
+        values = {name: torch.lerp(v, other[name].to(v), share) for name, v in self.items()}
+        return FisherDiagonal(values, total, self.kind, self.sample)
+
+    def __radd__(self, other: int) -> FisherDiagonal:
+        """For ``sum``, which begins with 0."""
+        return self if other == 0 else NotImplemented
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the diagonal to a safetensors file."""
+        """Write everything to a safetensors file."""
         from safetensors.torch import save_file
 
         tensors = {name: value.contiguous() for name, value in self.items()}
-        save_file(tensors, path, metadata={"num_samples": json.dumps(self.num_samples)})
+        about = {"num_samples": json.dumps(self.num_samples), "kind": self.kind, "sample": self.sample}
+        save_file(tensors, path, metadata=about)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str = "cpu") -> FisherDiagonal:
@@ -67,10 +130,12 @@ class FisherDiagonal(Mapping[str, Tensor]):
         from safetensors import safe_open
 
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if "num_samples" not in metadata:
+            about = file.metadata() or {}
+            if "num_samples" not in about:
                 raise ValueError(f"{path} is not a Fisher diagonal: it does not say over how many samples")
-            return cls({name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["num_samples"]))
+            values = {name: file.get_tensor(name) for name in file.keys()}
+        kind, sample = about.get("kind", "empirical"), about.get("sample", "sequence")
+        return cls(values, json.loads(about["num_samples"]), kind, sample)
 
 
 def fisher_diagonal(
@@ -82,59 +147,66 @@ def fisher_diagonal(
     seed: int = 0,
     progress: bool = False,
     name: str = "batches",
+    sample: Sample = "sequence",
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
     The model is used as it is: no wrapping, no rewriting; ``.grad``, hooks, modes and the random state are as
-    before, also after an exception. Ordinary weight gradients are not computed on the way.
+    before, also after an exception. Ordinary weight gradients are not computed on the way. Runs under the caller's
+    ``torch.autocast``; a compiled model runs uncompiled; ``torch.utils.checkpoint`` must have ``use_reentrant=False``,
+    and spares less memory than usual, because what the layers inside are given is recorded.
 
     Args:
         model: any module; in eval mode where it has BatchNorm or dropout inside an unknown layer.
         batches: re-iterable of ``(inputs, targets)`` or of dicts with ``labels``; samples along the first axis.
-        loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample; default cross-entropy of logits.
+        loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample, or ``Tensor[N, T]`` for tokens;
+            default cross-entropy of logits [N, C] or [N, C, T].
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
-            softmax of the model's logits.
+            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
         name: what error messages call ``batches``.
+        sample: ``"sequence"``: a sample is an index of the first axis. ``"token"``: a sample is a position [n, t], and
+            its gradient is that of its own loss; positions with the label -100 are neither computed nor counted.
 
     Returns:
         A :class:`FisherDiagonal`, float32 (float64 for float64 parameters), on the parameters' device.
 
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.
-        ValueError: no batch, a loss that is not one per sample, NaN weights, batch statistics in BatchNorm,
-            unknown names in ``params``, or a parameter whose samples can not be told apart.
+        ValueError: no batch, a loss that is not one per sample, NaN weights, batch statistics in BatchNorm, samples
+            whose loss depends on their company, reentrant checkpoints, unknown names in ``params``, logits that are not
+            [N, C, ...] where labels are drawn or weighted, no labelled position, or a parameter whose samples can not
+            be told apart.
 
     Cost: one forward and one backward pass without weight gradients, and 2 N T FLOPs per weight in the kernels;
-    memory: one float32 number per weight, and the activations and their gradients of one batch. Layers without a
-    rule cost one more forward and backward per sample of that layer (with one warning). Source: the diagonal used
-    by DeepClean, Shi et al. 2024; see also Kunstner et al. 2019 on what "empirical" means.
+    ``kind="exact"`` takes one backward pass per class, ``sample="token"`` one per position, both C x T, over one graph.
+    Memory over that of a backward pass: one float32 number per weight. One sample more is run forward to begin with;
+    parameters without a rule take a few more to decide what to do with them: broadcast ones cost nothing then,
+    others one more forward and backward pass of their module per sample (with one warning) or, where they are few, for
+    all samples together. Source: the diagonal used by DeepClean, Shi et al. 2024; see also Kunstner et al. 2019 on what
+    "empirical" means.
     """
-    if kind not in ("empirical", "monte_carlo"):
-        raise ValueError(f"kind must be 'empirical' or 'monte_carlo', got {kind!r}")
+    for given, choices, what in ((kind, Kind, "kind"), (sample, Sample, "sample")):
+        if given not in get_args(choices):
+            raise ValueError(f"{what} must be one of {get_args(choices)}, got {given!r}")
     require_separable(model)
     require_finite(model)
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    with preserved(model), torch.enable_grad():
+    with _eager(), preserved(model), torch.enable_grad():
         targets = _select(model, params)
-        for parameter in targets.values():
-            parameter.requires_grad_(True)
-        plan: _Plan | None = None
-        sums = {
-            key: torch.zeros_like(p, dtype=_sum_dtype(p), memory_format=torch.contiguous_format)
-            for key, p in targets.items()
-        }
-        num_samples = 0
+        chosen = {id(p) for p in targets.values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        work = _Work(model, loss_fn, kind, sample, generator, targets, _autocast(device))
         for batch in track(read(batches, name, device), f"Fisher diagonal, {name}", progress):
-            if plan is None:
-                plan = _make_plan(model, batch, loss_fn, targets)
-                plan.warn_of_fallbacks()
-            _add_batch(model, batch, loss_fn, kind, generator, plan, sums)
-            num_samples += batch.size
-    return FisherDiagonal({key: value.div_(num_samples) for key, value in sums.items()}, num_samples)
+            work.add(batch)
+    if not work.samples:
+        raise ValueError(f"{name} has no position with a label other than {IGNORED}")
+    values = {key: value.div_(work.samples) for key, value in work.sums.items()}
+    return FisherDiagonal(values, work.samples, kind, sample)
 
 
 def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -147,310 +219,301 @@ def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Para
     return {name: named[name] for name in params}
 
 
-def _sum_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled models run their Python code: a compiled graph calls no hooks. Costs nothing where none can exist."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-# ---- the plan: which modules to record, and where their samples lie -------------------------------------------
+def _autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The caller's autocast, without its cache: a cached cast made elsewhere may be cut from its weight, and one
+    shared by several uses would count as a single use."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device.type)
+    return lambda: torch.autocast(device.type, dtype, cache_enabled=False)
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A module to record. ``axes`` name the sample axis of each tensor it is given and of each it returns."""
-
-    name: str
-    module: nn.Module
-    input_axes: tuple[int | None, ...]
-    output_axes: tuple[int | None, ...]
+_UNSTEADY = (
+    "the model uses its parameters differently for one sample, two samples and a batch, or from pass to pass, so their "
+    "uses can not be told apart; pass params= without those used conditionally"
+)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    rules: dict[str, list[tuple[_Unit, str]]]  # parameter -> the units that use it, and its name there
-    fallbacks: dict[str, tuple[_Unit, list[str]]]  # unit -> the parameters differentiated on it, by full name
-    parameters: dict[str, nn.Parameter]
+class _Work:
+    """The sums, and everything that is the same for all batches."""
 
-    @property
-    def units(self) -> list[_Unit]:
-        found = {id(u.module): u for uses in self.rules.values() for u, _ in uses}
-        found |= {id(u.module): u for u, _ in self.fallbacks.values()}
-        return list(found.values())
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        kind: Kind,
+        sample: Sample,
+        generator: torch.Generator,
+        targets: dict[str, nn.Parameter],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.loss_fn, self.kind, self.sample, self.generator = model, loss_fn, kind, sample, generator
+        self.targets, self.autocast = targets, autocast
+        self.device = generator.device
+        self.sums = {name: zeros_for(p) for name, p in targets.items()}
+        self.samples = 0
+        self.plan: Plan | None = None
+        self.warned: set[str] = set()
 
-    def warn_of_fallbacks(self) -> None:
-        if not self.fallbacks:
+    def loss(self, outputs: Any, targets: Any, size: int) -> Tensor:
+        """[N], or [N, T] for tokens."""
+        measure = per_sample_loss if self.sample == "sequence" else per_position_loss
+        return measure(self.loss_fn, outputs, targets, size)
+
+    def losses_of(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            return self.loss(batch.outputs(self.model), batch.targets, batch.size)
+
+    def add(self, batch: Batch) -> None:
+        """Plan if this is the first batch or one that the plan does not fit, then add the batch's squares."""
+        if self.plan is not None and self._add(batch, list(self.plan.units), self.plan):
             return
-        layers = ", ".join(f"{u.name or 'the model'} ({type(u.module).__name__})" for u, _ in self.fallbacks.values())
-        warnings.warn(f"no kernel for {layers}: differentiated sample by sample, exact but slower", stacklevel=3)
+        one, owners = (
+            probe(self.model, self.losses_of, batch, self.device),
+            ruled_owners(dict(self.model.named_modules())),
+        )
+        ruled = owners_with_rules(one, owners, self.targets) if batch.size > 1 else None
+        if ruled is not None:
+            # The batch itself shows where the samples lie, so that one forward pass serves both.
+            modules = list({module: None for found in ruled.values() for _, module, _ in found})
+            self.plan = self._add(batch, modules, partial(plan_of_rules, one, ruled, self.targets, batch.size), one)
+            if self.plan is not None:
+                return
+        self.plan = full_plan(self.model, self.losses_of, batch, one, owners, self.targets, self.autocast)
+        self._warn(self.plan)
+        if not self._add(batch, list(self.plan.units), self.plan, one):
+            raise ValueError(_UNSTEADY)
 
+    def _warn(self, plan: Plan) -> None:
+        slow = [label for label in plan.slow() if label not in self.warned]
+        if slow:
+            self.warned.update(slow)
+            text = f"no kernel for {', '.join(slow)}: differentiated sample by sample, exact but slower"
+            warnings.warn(text, stacklevel=4)
 
-@dataclass
-class _Probe:
-    """What one and two copies of the same sample show: shapes, calls, and every edge into every parameter."""
-
-    calls: list[dict[nn.Module, list[Call]]]  # for one sample, for two
-    edges: Counter[int]  # id of a parameter -> uses that autograd knows of
-
-    def unit(self, name: str, module: nn.Module) -> _Unit | None:
-        """The module as a unit, or None where it is not called or its samples can not be told apart."""
-        one, two = (calls.get(module, []) for calls in self.calls)
-        if not one or len(one) != len(two):
-            return None
-        axes = {(_sample_axes(a.args, a.kwargs, b.args, b.kwargs), _sample_axes(a.output, (), b.output, ()))
-                for a, b in zip(one, two, strict=True)}  # fmt: skip
-        if len(axes) != 1:
-            return None
-        inputs, outputs = axes.pop()
-        if inputs is None or outputs is None or None in outputs:
-            return None
-        return _Unit(name, module, inputs, outputs)
-
-
-def _sample_axes(a: Any, a_more: Any, b: Any, b_more: Any) -> tuple[int | None, ...] | None:
-    """Per tensor the axis that doubles with the samples (None: it has none); None if samples are folded away."""
-    axes: list[int | None] = []
-    one = [t for t in tree_flatten((a, a_more))[0] if isinstance(t, Tensor)]
-    two = [t for t in tree_flatten((b, b_more))[0] if isinstance(t, Tensor)]
-    if len(one) != len(two):
-        return None
-    for s, t in zip(one, two, strict=True):
-        if s.dim() != t.dim():
-            return None
-        grown = [k for k in range(s.dim()) if s.shape[k] != t.shape[k]]
-        if len(grown) > 1 or any((s.shape[k], t.shape[k]) != (1, 2) for k in grown):
-            return None
-        axes.append(grown[0] if grown else None)
-    return tuple(axes)
-
-
-def _probe(model: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> _Probe:
-    sample = batch[:1]
-    args, kwargs, targets = tree_map_only(
-        Tensor, lambda t: torch.cat([t, t]), (sample.args, sample.kwargs, sample.targets)
-    )
-    pair = Batch(args, kwargs, targets, 2)
-    calls: list[dict[nn.Module, list[Call]]] = []
-    for probe in (sample, pair):
-        seen: dict[nn.Module, list[Call]] = defaultdict(list)
-        with recording(model.modules(), lambda call, seen=seen: seen[call.module].append(call)):  # type: ignore[misc]
-            loss = per_sample_loss(loss_fn, probe.outputs(model), probe.targets, probe.size)
-        calls.append(seen)
-    return _Probe(calls, _parameter_edges([loss]))
-
-
-def _parameter_edges(outputs: Sequence[Tensor]) -> Counter[int]:
-    """How often each parameter is used in the graph that leads to ``outputs``."""
-    edges: Counter[int] = Counter()
-    waiting: list[Node] = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is None:
-                continue
-            if hasattr(node, "variable"):
-                edges[id(node.variable)] += 1
-            elif node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return edges
-
-
-def _make_plan(model: nn.Module, batch: Batch, loss_fn: LossFunction | None, targets: dict[str, nn.Parameter]) -> _Plan:
-    probe = _probe(model, batch, loss_fn)
-    modules = dict(model.named_modules())
-    owners = ruled_owners(modules)
-    plan = _Plan({}, {}, targets)
-    for name, parameter in targets.items():
-        if not probe.edges[id(parameter)]:
-            continue  # the loss does not depend on it: its squares are zero
-        uses = _ruled_uses(probe, parameter, owners[id(parameter)])
-        if uses is not None:
-            plan.rules[name] = uses
-            continue
-        unit = _fallback_unit(probe, modules, parameter, [owner for owner, _, _ in owners[id(parameter)]])
-        if unit is None:
-            raise ValueError(
-                f"the gradient of {name} can not be taken per sample: no module around it keeps the samples on an "
-                "axis of their own; pass params= without it"
+    def _add(
+        self,
+        batch: Batch,
+        modules: Sequence[nn.Module],
+        plan: Plan | Callable[[Observed], Plan | None],
+        one: Probe | None = None,
+    ) -> Plan | None:
+        """Add one batch's squares; returns the plan, or None with nothing added where the batch does not fit it."""
+        with ExitStack() as stack:
+            taps, substitution = Taps(), Substitution()
+            stack.callback(taps.close)
+            squares = _Squares(self.sums, batch.size, self._running_again(substitution))
+            if isinstance(plan, Plan):
+                # Until the backward pass is over, for checkpoints run layers again.
+                stack.callback(substitution.originals)
+                for bare in plan.bare.values():
+                    value = spread(self.targets[bare.name], batch.size, bare.form)
+                    taps.add(value, partial(squares.take, bare.name))
+                    substitution.attribute(bare.module, bare.local, value)
+            records: dict[nn.Module, list[Record]] = {module: [] for module in modules}
+            on_call: Callable[[Call], None] = lambda c: records[c.module].append(  # noqa: E731
+                Record.of(c, True, taps, squares.arrived)
             )
-        plan.fallbacks.setdefault(unit.name, (unit, []))[1].append(name)
-    return plan
+            with recording(modules, on_call), self.autocast():
+                for unit in plan.units.values() if isinstance(plan, Plan) else ():
+                    if unit.spread is not None:  # ahead of what records
+                        per_sample = partial(spread, samples=batch.size, form=unit.spread)
+                        stack.callback(substitution.output(unit.module, per_sample))
+                outputs = batch.outputs(self.model)
+                if one is not None:
+                    with torch.no_grad():
+                        require_independent(one, self.loss(outputs, batch.targets, batch.size), batch)
+                passes = self._passes(outputs, batch)
+            del outputs  # so that the backward pass can free it
+            fitting: Plan | None = None
+            samples = 0
+            for total, counted, last in passes:
+                observed = Observed(records, taps.survey(total))
+                first = fitting is None
+                fitting = fitting or (plan if isinstance(plan, Plan) else plan(observed))
+                if fitting is None or not fitting.fits(observed, batch.size):
+                    if first:
+                        return None
+                    raise ValueError(_UNSTEADY)
+                squares.expect(fitting, observed, last)
+                if observed.survey.frontier:
+                    with self._outside_autocast():
+                        taps.backward(total, observed.survey.frontier, retain_graph=not last)
+                squares.finish()
+                samples += counted
+            self.samples += samples
+            return fitting or self.plan
 
+    def _running_again(self, substitution: Substitution) -> Callable[[], AbstractContextManager[Any]]:
+        @contextmanager
+        def context() -> Iterator[None]:
+            with substitution.paused(), self.autocast():
+                yield
 
-def _ruled_uses(
-    probe: _Probe, parameter: nn.Parameter, owners: Sequence[tuple[str, nn.Module, str]]
-) -> list[tuple[_Unit, str]] | None:
-    """The units that use the parameter, if rules account for every use of it; else None."""
-    uses, calls = [], 0
-    for name, module, local in owners:
-        unit = probe.unit(name, module)
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise ValueError(f"{name} is an Embedding with max_norm, whose forward pass rewrites its weights")
-        if unit is None or rule_of(module) is None or not applies(module, unit.input_axes, unit.output_axes):
-            return None
-        uses.append((unit, local))
-        calls += len(probe.calls[1][module])
-    users = [(unit.module, local) for unit, local in uses]
-    return uses if joinable(users, calls) and calls == probe.edges[id(parameter)] else None
+        return context
 
+    def _outside_autocast(self) -> AbstractContextManager[Any]:
+        """Backward passes have their types from the forward pass."""
+        active = torch.is_autocast_enabled(self.device.type)
+        return torch.autocast(self.device.type, enabled=False) if active else nullcontext()
 
-def _fallback_unit(
-    probe: _Probe, modules: Mapping[str, nn.Module], parameter: nn.Parameter, owners: Sequence[str]
-) -> _Unit | None:
-    """The smallest module that keeps samples apart and contains every use of the parameter."""
-    path = owners[0].split(".") if owners[0] else []
-    for depth in range(len(path), -1, -1):
-        name = ".".join(path[:depth])
-        inside = all(owner == name or owner.startswith(f"{name}.") or not name for owner in owners)
-        unit = probe.unit(name, modules[name]) if inside else None
-        if unit is None:
-            continue
-        _require_deterministic(name, unit.module)
-        edges: Counter[int] = Counter()
-        for call in probe.calls[1][unit.module]:
-            outputs = _run_again(unit, call.args, call.kwargs)
-            edges += _parameter_edges(outputs)
-        if edges[id(parameter)] == probe.edges[id(parameter)]:
-            return unit
-    return None
-
-
-def _require_deterministic(name: str, module: nn.Module) -> None:
-    for child in module.modules():
-        rate = child.p if isinstance(child, _DropoutNd) else getattr(child, "dropout", 0.0)
-        if child.training and isinstance(rate, float) and rate > 0:
-            raise ValueError(
-                f"{name or 'the model'} has no kernel and drops units at random, so its samples can not be "
-                "differentiated again; call model.eval() first"
-            )
-
-
-def _run_again(unit: _Unit, args: Any, kwargs: Any) -> list[Tensor]:
-    """The unit's output tensors from detached inputs, with a graph that ends at its parameters."""
-    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-    with torch.enable_grad():
-        output = unit.module(*args, **kwargs)
-    return [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
-
-
-# ---- one batch -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Recorded:
-    """A call of a unit with the gradient edges of what it returned, taken before anyone can write over it."""
-
-    call: Call
-    versions: list[int]
-    edges: list[GradientEdge | None]
-    grads: list[Tensor | None]
-
-    @classmethod
-    def of(cls, call: Call) -> _Recorded:
-        outputs = [t for t in tree_flatten(call.output)[0] if isinstance(t, Tensor)]
-        edges = [get_gradient_edge(t) if t.requires_grad else None for t in outputs]
-        return cls(replace(call, output=None), [t._version for t in cls.tensors(call)], edges, [None] * len(edges))
-
-    @staticmethod
-    def tensors(call: Call) -> list[Tensor]:
-        return [t for t in tree_flatten((call.args, call.kwargs))[0] if isinstance(t, Tensor)]
-
-    def require_unwritten(self, unit: _Unit) -> None:
-        if [t._version for t in self.tensors(self.call)] != self.versions:
-            raise ValueError(
-                f"the input of {unit.name} was written over in place after it was used, so its gradient is lost; "
-                "use the out-of-place operation there"
-            )
-
-
-def _add_batch(
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: LossFunction | None,
-    kind: Kind,
-    generator: torch.Generator,
-    plan: _Plan,
-    sums: dict[str, Tensor],
-) -> None:
-    records: dict[nn.Module, list[_Recorded]] = defaultdict(list)
-    with recording([unit.module for unit in plan.units], lambda call: records[call.module].append(_Recorded.of(call))):
-        outputs = batch.outputs(model)
-        targets = batch.targets if kind == "empirical" else _draw_labels(outputs, generator)
-        losses = per_sample_loss(loss_fn, outputs, targets, batch.size)
-    slots = [(r, i) for found in records.values() for r in found for i, e in enumerate(r.edges) if e is not None]
-    edges = [edge for r, i in slots if (edge := r.edges[i]) is not None]
-    if not edges:
-        return  # the loss depends on none of the parameters
-    # Asking for the edges, not for the weights, is what keeps autograd from computing weight gradients.
-    for (record, i), grad in zip(slots, torch.autograd.grad(losses.sum(), edges, allow_unused=True), strict=True):
-        record.grads[i] = grad
-    del losses, outputs
-    for unit in plan.units:
-        for record in records[unit.module]:
-            record.require_unwritten(unit)
-    with torch.no_grad():
-        for name, users in plan.rules.items():
-            _add_ruled(sums[name], users, records)
-    for unit, names in plan.fallbacks.values():
-        _add_fallback(unit, records[unit.module], [(plan.parameters[n], sums[n]) for n in names], batch.size)
-
-
-def _draw_labels(outputs: Any, generator: torch.Generator) -> Tensor:
-    """One label per sample from the softmax of logits [N, C]."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or not outputs.is_floating_point():
-        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"kind='monte_carlo' draws labels from logits [N, C], but the model returns {shape}")
-    probabilities = outputs.detach().float().softmax(1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-
-def _add_ruled(out: Tensor, users: Sequence[tuple[_Unit, str]], records: Mapping[nn.Module, list[_Recorded]]) -> None:
-    uses = []
-    for unit, local in users:
-        rule = rule_of(unit.module)
-        assert rule is not None  # the plan gave it one
-        for record in records[unit.module]:
-            if all(grad is None for grad in record.grads):
-                continue  # the loss does not depend on what this call returned
-            seen = Seen(record.call, unit.input_axes, unit.output_axes, tuple(record.grads))
-            uses.append(rule(unit.module, seen)[local])
-    for use in joined(uses) if uses else ():
-        use.add_to(out)
-
-
-def _add_fallback(
-    unit: _Unit, records: Sequence[_Recorded], parameters: Sequence[tuple[nn.Parameter, Tensor]], samples: int
-) -> None:
-    for n in range(samples):
-        total: list[Tensor | None] = [None] * len(parameters)
-        for record in records:
-            args, kwargs = _only_sample((record.call.args, record.call.kwargs), unit.input_axes, n)
-            outputs = _run_again(unit, args, kwargs)
-            pairs = [
-                (output, grad.narrow(axis, n, 1))
-                for output, grad, axis in zip(outputs, record.grads, unit.output_axes, strict=True)
-                if grad is not None and axis is not None
+    def _passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
+        """The backward passes of a batch: what to differentiate, how many samples it completes, whether it is the
+        last. In each, every sample of the batch has one gradient."""
+        labels: list[tuple[Any, Tensor | None]]
+        if self.kind == "empirical":
+            labels = [(batch.targets, None)]
+        elif self.kind == "monte_carlo":
+            labels = [(_draw_labels(self._logits(outputs), batch.targets, self.generator), None)]
+        else:
+            probabilities = _softmax(self._logits(outputs))
+            # The square of sqrt(p) times a gradient is p times its square.
+            labels = [
+                (_labels_like(probabilities, batch.targets, c), probabilities[:, c].sqrt())
+                for c in range(probabilities.shape[1])
             ]
-            if not pairs:
+        for i, (targets, weights) in enumerate(labels):
+            with self.autocast():
+                losses = self.loss(outputs, targets, batch.size)
+            if weights is not None:
+                losses = losses * weights.to(losses.dtype).reshape(losses.shape)
+            final = i == len(labels) - 1
+            if final:
+                del outputs
+            if self.sample == "sequence":
+                total = losses.sum()
+                del losses
+                yield total, batch.size if final else 0, final
                 continue
-            grads = torch.autograd.grad(
-                [o for o, _ in pairs], [p for p, _ in parameters], [g for _, g in pairs], allow_unused=True
-            )
-            for i, (grad, (_, out)) in enumerate(zip(grads, parameters, strict=True)):
-                if grad is not None:
-                    wide = grad.to(out.dtype)
-                    earlier = total[i]
-                    total[i] = wide if earlier is None else earlier + wide
-        for gradient, (_, out) in zip(total, parameters, strict=True):
-            if gradient is not None:
-                out.addcmul_(gradient, gradient)
+            counts = labelled_positions(batch.targets, losses)
+            positions = counts.any(0).nonzero().flatten().tolist()
+            for t in positions:
+                total = losses[:, t][counts[:, t]].sum()
+                yield total, int(counts[:, t].sum()) if final else 0, final and t == positions[-1]
+
+    def _logits(self, outputs: Any) -> Tensor:
+        """Logits [N, C], or [N, C, ...] for tokens."""
+        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        wanted = "[N, C]" if self.sample == "sequence" else "[N, C, T]"
+        if isinstance(outputs, Tensor) and outputs.is_floating_point():
+            if outputs.dim() == 2 if self.sample == "sequence" else outputs.dim() > 2:
+                return outputs.detach()
+        what = "draws labels from" if self.kind == "monte_carlo" else "weights the labels by the softmax of"
+        raise ValueError(f"kind={self.kind!r} {what} logits {wanted}, but the model returns {shape}")
 
 
-def _only_sample(values: Any, axes: Sequence[int | None], n: int) -> Any:
-    """The same arguments with sample ``n`` alone."""
-    leaves, structure = tree_flatten(values)
-    remaining = iter(axes)
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            axis = next(remaining)
-            leaves[i] = leaf if axis is None else leaf.narrow(axis, n, 1)
-    return tree_unflatten(leaves, structure)
+def _softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+
+
+def _labels_like(probabilities: Tensor, targets: Any, label: int) -> Tensor:
+    """The label ``label`` everywhere, shape [N, ...], except where the given one is ignored."""
+    labels = torch.full_like(probabilities[:, 0], label, dtype=torch.int64)
+    return _keep_ignored(labels, targets)
+
+
+def _draw_labels(logits: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+    """One label per sample and position from the softmax of logits [N, C, ...], shape [N, ...]."""
+    rows = _softmax(logits).movedim(1, -1)
+    drawn = torch.multinomial(rows.flatten(0, -2), 1, generator=generator)
+    return _keep_ignored(drawn.reshape(rows.shape[:-1]), targets)
+
+
+def _keep_ignored(labels: Tensor, targets: Any) -> Tensor:
+    alike = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.shape == labels.shape
+    return labels.masked_fill(targets == IGNORED, IGNORED) if alike and labels.dim() > 1 else labels
+
+
+class _Squares:
+    """What becomes of the gradients of one batch as they arrive: squares in the sums, and nothing else."""
+
+    def __init__(
+        self, sums: Mapping[str, Tensor], samples: int, context: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.sums, self.samples, self.context = sums, samples, context
+
+    def expect(self, plan: Plan, observed: Observed, last: bool) -> None:
+        """Prepare for a backward pass; ``last`` lets go of everything as soon as it is used."""
+        self.plan, self.units, self.last = plan, plan.units, last
+        reached = observed.survey.reached
+        self.records = [r for m in self.units for r in observed.records[m]]
+        for record in self.records:
+            record.grads = [None] * len(record.keys)
+            record.missing = sum(key in reached for key in record.keys)
+        self.names: dict[nn.Module, list[tuple[str, str]]] = defaultdict(list)
+        self.uses: dict[str, list[Use]] = defaultdict(list)
+        self.calls: Counter[str] = Counter()  # uses still to come
+        for name, users in plan.rules.items():
+            for unit, local in users:
+                self.names[unit.module].append((local, name))
+                self.calls[name] += observed.reached(unit.module)
+        self.fallbacks = {f.unit.module: f for f in plan.fallbacks.values()}
+        self.again: dict[nn.Module, list[Record]] = defaultdict(list)
+        self.runs = Counter({m: sum(r.missing > 0 for r in observed.records[m]) for m in self.fallbacks})
+
+    def take(self, name: str, grad: Tensor) -> None:
+        """The gradient of a parameter with one copy per sample."""
+        with torch.no_grad():
+            add_squares(self.sums[name], grad)
+
+    def arrived(self, record: Record) -> None:
+        """All gradients of a call are there."""
+        assert record.call is not None
+        module = record.call.module
+        unit = self.units.get(module)
+        if unit is None:
+            return  # called, but not for a parameter that is asked for
+        record.require_unwritten(unit)
+        if module in self.names and any(grad is not None for grad in record.grads):
+            with torch.no_grad():
+                self._use(unit, record)
+        if module in self.fallbacks:
+            self.again[module].append(record)
+            self.runs[module] -= 1
+            if not self.runs[module]:
+                self._run_again(module)
+        elif self.last:
+            record.call, record.grads = None, []
+
+    def _use(self, unit: Unit, record: Record) -> None:
+        rule, call = rule_of(unit.module), record.call
+        assert rule is not None and call is not None  # the plan gave it one
+        axes = (unit.input_axes, unit.output_axes)
+        if unit.spread is not None:
+            per_sample = partial(spread, samples=self.samples, form=unit.spread)
+            args, kwargs = map_tensors((call.args, call.kwargs), unit.input_axes, lambda t, _: per_sample(t))
+            call = replace(call, args=args, kwargs=kwargs)
+        uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
+        for local, name in self.names[unit.module]:
+            self.uses[name].append(uses[local])
+            self.calls[name] -= 1
+            if not self.calls[name]:
+                self._square(name)
+
+    def _square(self, name: str) -> None:
+        for use in joined(self.uses.pop(name)):
+            use.add_to(self.sums[name])
+
+    def _run_again(self, module: nn.Module) -> None:
+        fallback, records = self.fallbacks[module], self.again.pop(module)
+        parameters = [(self.plan.parameters[n], self.sums[n]) for n in fallback.names]
+        fallback.add(records, parameters, self.samples, self.context)
+        if self.last:
+            for record in records:
+                record.call, record.grads = None, []
+
+    def finish(self) -> None:
+        """Use what still waits for gradients that autograd found to be zero and never sent."""
+        for record in self.records:
+            if record.missing > 0 and any(g is not None for g in record.grads):
+                self.arrived(record)
+        with torch.no_grad():
+            for name in list(self.uses):
+                self._square(name)
+        for module in list(self.again):
+            self._run_again(module)

@@ -38,14 +38,15 @@ class Call:
 
 @contextmanager
 def recording(modules: Iterable[nn.Module], on_call: Callable[[Call], None]) -> Iterator[None]:
-    """Call ``on_call`` after every forward of ``modules``; the hooks are gone afterwards, also on an exception."""
+    """Call ``on_call`` after every forward of ``modules``, with what they returned before hooks of others changed it;
+    the hooks are gone afterwards, also on an exception."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         on_call(Call(module, args, kwargs, output))
 
     with ExitStack() as stack:
         for module in modules:
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
         yield
 
 
@@ -121,6 +122,11 @@ def require_separable(model: nn.Module) -> None:
 
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds NaN or Inf."""
-    for name, parameter in model.named_parameters():
+    named = list(model.named_parameters())
+    # NaN and Inf never leave a sum, which is read once and waited for once; a sum may also overflow by itself.
+    sums = [p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None) for _, p in named]
+    if bool(torch.isfinite(torch.stack([s.to(torch.float64).abs() for s in sums]).sum())):
+        return
+    for name, parameter in named:
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"parameter {name} holds NaN or Inf; unlearning would only spread it")

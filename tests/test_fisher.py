@@ -138,6 +138,7 @@ def cnn() -> nn.Module:
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Pairs]]] = {
     "mlp": lambda: (nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4)), images(7)),
+    "hooks that change what layers are given and return": lambda: (hooked(), images(7)),
     "cnn with groups, dilation and batch norm": lambda: (cnn(), images(4, 9, 8)),
     "transformer block": lambda: (Pooled(Block(6, True), 6), images(5, 6)),
     "transformer block, samples second": lambda: (Pooled(Block(6, False), 6), images(5, 6)),
@@ -158,6 +159,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Pairs]]] = {
     "recurrent": lambda: (Pooled(Recurrent(), 6), images(5, 3)),
     "conv3d": lambda: (nn.Sequential(nn.Conv3d(2, 3, 2), nn.Flatten(), nn.Linear(24, 4)), images(2, 3, 3, 3)),
 }
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 4))
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    model[2].register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    return model
 
 
 class Folded(nn.Module):
@@ -351,7 +359,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any],
     "NaN weights": (not_a_number, lambda: images(6), {}, ValueError, "weight holds NaN"),
     "unequal lengths": (linear, lambda: [(torch.randn(3, 6), torch.zeros(2))], {}, ValueError, "first axis"),
     "a bare tensor": (linear, lambda: [torch.randn(3, 6)], {}, ValueError, "pair"),
-    "an unknown kind": (linear, lambda: images(6), {"kind": "exact"}, ValueError, "kind must be"),
+    "an unknown kind": (linear, lambda: images(6), {"kind": "true"}, ValueError, "kind must be"),
     "batch statistics": (
         lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double(),
         lambda: images(6),

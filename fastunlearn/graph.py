@@ -1,0 +1,145 @@
+"""What the autograd graph of one forward pass knows: every use of every parameter, and gradients as they come."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+Key = tuple[Node, int]  # an output of a node: one tensor of the forward pass
+
+
+@dataclass
+class Survey:
+    """What leads to a result.
+
+    Attributes:
+        edges: id of a parameter -> how many nodes use it.
+        reached: the marked tensors that the result depends on.
+        frontier: those of them that depend on no other marked tensor.
+    """
+
+    edges: Counter[int]
+    reached: set[Key]
+    frontier: set[Key]
+
+
+def survey(result: Tensor, marked: Container[Key]) -> Survey:
+    """One walk over the graph of ``result``, O(nodes); raises ValueError where a node hides uses of parameters."""
+    edges: Counter[int] = Counter()
+    reached: set[Key] = set()
+    users: dict[Node, list[Node]] = defaultdict(list)
+    above: set[Node] = set()  # nodes with a marked tensor further upstream
+    if not result.requires_grad:
+        return Survey(edges, reached, set())
+    root = get_gradient_edge(result)
+    if (root.node, root.output_nr) in marked:
+        reached.add((root.node, root.output_nr))
+    waiting, seen = [root.node], {root.node}
+    while waiting:
+        node = waiting.pop()
+        _require_open(node)
+        for upstream, index in node.next_functions:
+            if upstream is None:
+                continue
+            if (upstream, index) in marked:
+                reached.add((upstream, index))
+                above.add(node)
+            variable = getattr(upstream, "variable", None)
+            if variable is not None:
+                edges[id(variable)] += 1
+                continue
+            users[upstream].append(node)
+            if upstream not in seen:
+                seen.add(upstream)
+                waiting.append(upstream)
+    waiting = list(above)
+    while waiting:
+        for node in users[waiting.pop()]:
+            if node not in above:
+                above.add(node)
+                waiting.append(node)
+    return Survey(edges, reached, {key for key in reached if key[0] not in above})
+
+
+def _require_open(node: Node) -> None:
+    if type(node).__name__ == "CheckpointFunctionBackward":
+        raise ValueError(
+            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the layers inside from "
+            "autograd; pass use_reentrant=False to it"
+        )
+
+
+def edges_between(outputs: Iterable[Node], inputs: Container[Node]) -> set[tuple[Node, int, int]]:
+    """The uses (node, position, id of the parameter) on the way from ``inputs`` to ``outputs``."""
+    uses: set[tuple[Node, int, int]] = set()
+    waiting = [node for node in outputs if node not in inputs]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        for position, (upstream, _) in enumerate(node.next_functions):
+            if upstream is None or upstream in inputs:
+                continue
+            variable = getattr(upstream, "variable", None)
+            if variable is not None:
+                uses.add((node, position, id(variable)))
+            elif upstream not in seen:
+                seen.add(upstream)
+                waiting.append(upstream)
+    return uses
+
+
+class Taps:
+    """Callbacks that are given the gradients of chosen tensors of one forward pass, the moment autograd has them.
+
+    Nothing is kept: a gradient is freed as soon as autograd has no more use for it. Call :meth:`close` at the end, also
+    after an exception: hooks, graph and callbacks hold one another.
+    """
+
+    def __init__(self) -> None:
+        self._edges: dict[Key, GradientEdge] = {}
+        self._callbacks: dict[int, list[Callable[[Tensor], None]]] = {}
+        self._indices: dict[Key, int] = {}
+        self._ends: set[int] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, tensor: Tensor, callback: Callable[[Tensor], None]) -> Key:
+        """Listen to ``tensor`` as it is now; what is written over it in place later is another tensor."""
+        edge = get_gradient_edge(tensor)
+        key = (edge.node, edge.output_nr)
+        if key not in self._edges:
+            index = len(self._edges)
+            self._edges[key], self._indices[key], self._callbacks[index] = edge, index, []
+            hook = partial(self._deliver, index)
+            self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+        self._callbacks[self._indices[key]].append(callback)
+        return key
+
+    def _deliver(self, index: int, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        for callback in self._callbacks[index]:
+            callback(grad)
+        # Autograd would keep the gradients it was asked for until it returns; nobody reads these, so they shrink.
+        return grad.new_zeros(()).expand_as(grad) if index in self._ends else None
+
+    def survey(self, result: Tensor) -> Survey:
+        return survey(result, self._edges)
+
+    def backward(self, result: Tensor, ends: Iterable[Key], retain_graph: bool = False) -> None:
+        """Bring gradients as far as ``ends``, the frontier of a survey: on the way no weight gradient is computed."""
+        edges: Sequence[GradientEdge] = [self._edges[key] for key in ends]
+        self._ends = {self._indices[key] for key in ends}
+        torch.autograd.grad(result, edges, retain_graph=retain_graph, allow_unused=True)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for table in (self._edges, self._callbacks, self._indices, self._handles):
+            table.clear()
