@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from fastunlearn.data import Batch
 from fastunlearn.graph import Survey, Taps, edges_between
 from fastunlearn.hooks import Call, recording
-from fastunlearn.rules import joinable, rule_of
+from fastunlearn.rules import Seen, joinable, rule_of
 from fastunlearn.units import (
     Axes,
     Bare,
@@ -202,7 +202,7 @@ def plan_of_rules(
             unit = units[module]
             if not one.reached[module]:
                 continue  # called for nothing, or not at all
-            if unit is None or not _separate(unit):
+            if unit is None or not _separate(unit) or not _covers(unit, first.records[module][0], local):
                 return None
             uses.append((unit, local))
         plan.rules[name] = uses
@@ -216,6 +216,23 @@ def _separate(unit: Unit) -> bool:
         and unit.input_axes[0] is not None
         and unit.output_axes[0] is not None
     )
+
+
+def _covers(unit: Unit, record: Record, local: str) -> bool:
+    """Whether the rule speaks of the parameter: modules may be given more of them, as weight_norm or LoRA do."""
+    if local in ("weight", "bias"):
+        return True
+    rule, parameter = rule_of(unit.module), unit.module._parameters[local]
+    assert rule is not None and record.call is not None and parameter is not None
+    if unit.spread is not None:
+        return False
+    args, kwargs = only_sample((record.call.args, record.call.kwargs), unit.input_axes, 0)
+    shapes = [[1 if k == axis else length for k, length in enumerate(shape)]
+              for shape, axis in zip(record.outputs, unit.output_axes, strict=True)]  # fmt: skip
+    grads = tuple(parameter.new_zeros(shape) for shape in shapes)
+    with torch.no_grad():
+        call = Call(unit.module, args, kwargs, None)
+        return local in rule(unit.module, Seen(call, unit.input_axes, unit.output_axes, grads))
 
 
 def _unit(name: str, module: nn.Module, one: Probe, many: Sequence[Record], samples: int) -> Unit | None:
@@ -363,6 +380,8 @@ def _ruled_uses(search: _Search, parameter: nn.Parameter, owners: Sequence[Owner
         if unit is not None and not any(axis is not None for axis in (*unit.input_axes, *unit.output_axes)):
             unit = _table(search, unit, parameter, owners)
         if unit is None or not (unit.spread is not None or _separate(unit)):
+            return None
+        if not _covers(unit, search.two.records[module][0], local):
             return None
         uses.append((unit, local))
     return uses
