@@ -442,11 +442,12 @@ class _Squares:
         self.plan, self.units, self.last = plan, plan.units, last
         reached = observed.survey.reached
         self.records = [r for m in self.units for r in observed.records[m]]
+        self.order = {id(record): i for i, record in enumerate(self.records)}
         for record in self.records:
             record.grads = [None] * len(record.keys)
             record.missing = sum(key in reached for key in record.keys)
         self.names: dict[nn.Module, list[tuple[str, str]]] = defaultdict(list)
-        self.uses: dict[str, list[Use]] = defaultdict(list)
+        self.uses: dict[str, list[tuple[int, Use]]] = defaultdict(list)
         self.calls: Counter[str] = Counter()  # uses still to come
         for name, users in plan.rules.items():
             for unit, local in users:
@@ -490,13 +491,15 @@ class _Squares:
             call = replace(call, args=args, kwargs=kwargs)
         uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
         for local, name in self.names[unit.module]:
-            self.uses[name].append(uses[local])
+            self.uses[name].append((self.order[id(record)], uses[local]))
             self.calls[name] -= 1
             if not self.calls[name]:
                 self._square(name)
 
     def _square(self, name: str) -> None:
-        for use in joined(self.uses.pop(name)):
+        # Gradients arrive from the last call to the first; rules are given the first call first.
+        uses = sorted(self.uses.pop(name), key=lambda pair: pair[0])
+        for use in joined([use for _, use in uses]):
             use.add_to(self.sums[name])
 
     def _run_again(self, module: nn.Module) -> None:

@@ -378,9 +378,9 @@ def _bare(search: _Search, name: str, parameter: nn.Parameter, owners: Sequence[
     if local not in module._parameters:
         return None  # attention answers for the parameters of its output projection
     forms = [-1] if parameter.dim() > 1 and parameter.shape[0] == 1 else []
-    # The parameter meets activations [N, ..., *its own axes], with as many axes between as it takes.
-    ranks = {len(shape) for shape in _shapes_inside(search, around)}
-    forms += sorted({rank - 1 - parameter.dim() for rank in ranks if rank > parameter.dim()}, reverse=True)
+    # The parameter meets activations [N, ..., *its own axes], with as many axes between as the most of them have.
+    ranks = Counter(len(shape) for shape in _shapes_inside(search, around))
+    forms += [rank - 1 - parameter.dim() for rank, _ in ranks.most_common() if rank > parameter.dim()]
     for form in forms:
         if _spreads(search, around, module, local, form):
             return Bare(name, module, local, form)

@@ -15,7 +15,7 @@ from fastunlearn.fisher import fisher_diagonal
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes held at once beyond what was held before: what torch's allocator hands out, less what it takes back."""
+    """Most bytes held at once beyond what was held before: what the allocator hands out, less what it takes back."""
     run()  # whatever is made once
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

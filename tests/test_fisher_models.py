@@ -13,6 +13,7 @@ import torch
 from test_fisher import Pairs, Pooled, assert_equals_loop, images, per_sample_loop, state, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from fastunlearn.fisher import fisher_diagonal
 
@@ -481,14 +482,38 @@ class HalfBlocked(nn.Module):
         return self.head(self.linear(x).tanh() + Blocked.apply(self.linear(2 * x)))
 
 
+def reparametrized(change: Callable[[nn.Module], object]) -> nn.Module:
+    """The layer's own class and forward pass, but other parameters behind its weight."""
+    layer = nn.Linear(6, 6)
+    change(layer)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 4))
+
+
+class LowRank(nn.Module):
+    """A layer that is given a second parameter, which its parent uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.linear.update = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.linear(x) + x @ self.linear.update).tanh())
+
+
 CORNERS: dict[str, Callable[[], nn.Module]] = {
     "a call for nothing beside a use without a call": Discarded,
     "one tensor returned many times": Same,
     "a function without a gradient": HalfBlocked,
+    "weight norm": lambda: reparametrized(nn.utils.parametrizations.weight_norm),
+    "weight norm by a hook": lambda: reparametrized(nn.utils.weight_norm),
+    "pruned": lambda: reparametrized(lambda layer: prune.random_unstructured(layer, "weight", 0.5)),
+    "a parameter added to a layer": LowRank,
 }
 
 
 @pytest.mark.filterwarnings("ignore:no kernel for")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("name", CORNERS)
 def test_corners_of_the_graph(name: str) -> None:
     torch.manual_seed(0)
@@ -556,6 +581,22 @@ def test_nothing_is_held_afterwards() -> None:
         assert not any(out() is not None for out in outputs)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "planning"),
+    [(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), (6,), 1), (VisionTransformer, (3, 8, 8), 1 + 2 + 3 * 3)],
+    ids=["rules", "three parameters without samples"],
+)
+def test_planning_takes_few_samples(build: Any, shape: tuple[int, ...], planning: int) -> None:
+    """One; where rules are not enough two more, and three for each parameter that is given one copy per sample."""
+    torch.manual_seed(0)
+    model, sizes = build().double(), []
+    last = list(model.children())[-1]
+    last.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    fisher_diagonal(model, images(*shape, sizes=(16, 16, 7)))
+    assert sizes[-3:] == [16, 16, 7]
+    assert sum(sizes[:-3]) == planning
 
 
 def test_what_is_not_asked_for_costs_no_backward_pass() -> None:

@@ -33,7 +33,7 @@ class SelectiveSynapticDampening:
         dampening: > 0, the paper's lambda; 1 there.
         floor: added to the retained information, in units of its mean over the tensor, as in DeepClean; 0 in the paper.
         protect: parameter names, or module types, never dampened.
-        fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
+        fisher: ``"empirical"``, ``"monte_carlo"`` or ``"exact"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
             first of an iteration (shuffle them); None for all.
         loss_fn: one loss per sample; default cross-entropy.

@@ -64,7 +64,7 @@ class DeepClean:
         autocast: fine-tune, and measure in a sweep, under torch.autocast of torch.bfloat16; None for whatever context
             the caller has opened.
         patience: with a validation split, stop after so many epochs without a lower loss on it, and keep the best.
-        fisher: ``"empirical"`` or ``"monte_carlo"``, see :func:`fastunlearn.fisher_diagonal`.
+        fisher: ``"empirical"``, ``"monte_carlo"`` or ``"exact"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
             first of an iteration (shuffle them); None for all.
         loss_fn: one loss per sample; default cross-entropy.
