@@ -6,6 +6,7 @@
 #include <array>
 
 #include "fisher/sq_grad_channels.h"
+#include "fisher/sq_grad_cpu_plan.h"
 #include "fisher/sq_grad_tile.h"
 #include "fisher/sq_grad_wgmma.h"
 #include "reset/tensor_list.h"
@@ -64,6 +65,16 @@ py::dict plan_gram_conv2d(int64_t groups, int64_t features, int64_t samples, int
                   "patches_per_split"_a = plan.patches_per_split, "blocks"_a = plan.blocks);
 }
 
+py::dict plan_sq_grad_cpu(int64_t groups, int64_t samples, int64_t positions, int64_t rows,
+                          int64_t lanes, int64_t packed_per_sample, int64_t element_bytes,
+                          int64_t threads) {
+  const auto plan = fastunlearn::plan_sq_grad_cpu({groups, samples, positions, 0, 0}, rows, lanes,
+                                                  packed_per_sample, element_bytes, threads);
+  return py::dict("row_tiles"_a = plan.row_tiles, "lane_tiles"_a = plan.lane_tiles,
+                  "subtiles"_a = plan.subtiles, "panels"_a = plan.panels, "chunk"_a = plan.chunk,
+                  "block"_a = plan.block);
+}
+
 py::tuple upper_tile(int64_t index) {
   const auto tile = fastunlearn::upper_tile(index);
   return py::make_tuple(tile.row, tile.column);
@@ -110,6 +121,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_sq_grad_wgmma", &plan_sq_grad_wgmma, "samples"_a, "positions"_a, "out_features"_a,
         "in_features"_a, "multiprocessors"_a,
         "Tile, cluster and splits of sq_grad_linear on Hopper; tile_in = 0: not for that kernel.");
+  m.def("plan_sq_grad_cpu", &plan_sq_grad_cpu, "groups"_a, "samples"_a, "positions"_a, "rows"_a,
+        "lanes"_a, "packed_per_sample"_a, "element_bytes"_a, "threads"_a,
+        "Tiles, chunks and blocks of sq_grad_linear and sq_grad_conv2d on a CPU.");
   m.def("plan_sq_grad_channels", &plan_sq_grad_channels, "samples"_a, "outer"_a, "channels"_a,
         "inner"_a, "multiprocessors"_a, "Blocks and splits of sq_grad_affine and sq_grad_bias.");
   m.def("plan_gram_conv2d", &plan_gram_conv2d, "groups"_a, "features"_a, "samples"_a, "positions"_a,

@@ -1,11 +1,13 @@
 // sq_grad_conv2d on a CPU: output channels are lanes, the taps of a patch are rows. A row is read
-// from the padded image, where the patches of all positions lie at the same distance from one
-// another for every tap: nothing is unfolded.
+// from the padded image: nothing is unfolded.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
+#include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "common/dispatch.h"
+#include "common/padded_plane.h"
 #include "fisher/doors.h"
 #include "fisher/sq_grad_grouped_cpu.h"
 #include "fisher/sq_grad_tile_cpu.h"
@@ -37,7 +39,7 @@ struct ChannelLanes {
   }
 };
 
-// The images [N, G C, H, W], a row per (channel, tap): one packed unit per channel, the padded
+// The images [N, G C, H, W], a row per (channel, tap): a packed block per channel, its padded
 // plane.
 template <typename Scalar>
 struct TapRows {
@@ -46,60 +48,53 @@ struct TapRows {
 
   const Scalar* data;
   int64_t groups;
-  Conv2dGeometry g;
-  int height, width;  // padded
+  PaddedPlane plane;
   int taps;
   int64_t count;
   bool direct;  // read in place: nothing to pad, nothing to convert
-  int64_t units, unit_size;
+  int64_t blocks, block_size;
   std::vector<int> offsets;
 
-  TapRows(const Scalar* data, int64_t groups, const Conv2dGeometry& geometry)
+  TapRows(const Scalar* data, int64_t groups, const Conv2dGeometry& g)
       : data(data),
         groups(groups),
-        g(geometry),
-        height(g.height + 2 * g.padding_h),
-        width(g.width + 2 * g.padding_w),
+        plane(g),
         taps(g.kernel_h * g.kernel_w),
         count(int64_t{g.channels} * taps),
         direct(!kConverted && g.padding_h == 0 && g.padding_w == 0),
-        units(direct ? 0 : g.channels),
-        unit_size(direct ? 0 : int64_t{height} * width),
-        offsets(int64_t{g.out_h} * g.out_w) {
-    for (int row = 0; row < g.out_h; ++row) {
-      for (int column = 0; column < g.out_w; ++column)
-        offsets[row * g.out_w + column] = row * g.stride_h * width + column * g.stride_w;
-    }
-  }
+        blocks(direct ? 0 : g.channels),
+        block_size(direct ? 0 : plane.size()),
+        offsets(plane.position_offsets("sq_grad_conv2d", 1)) {}
 
   void pack(int64_t group, int64_t sample, int64_t channel, Acc* to) const {
-    const int64_t plane = int64_t{g.height} * g.width;
-    const Scalar* from = data + ((sample * groups + group) * g.channels + channel) * plane;
-    std::fill(to, to + g.padding_h * width, Acc(0));
-    to += g.padding_h * width;
-    for (int row = 0; row < g.height; ++row, to += width, from += g.width) {
+    const Conv2dGeometry& g = plane.geometry;
+    const int64_t size = int64_t{g.height} * g.width;
+    const Scalar* from = data + ((sample * groups + group) * g.channels + channel) * size;
+    const int64_t margin = int64_t{g.padding_h} * plane.width;
+    std::fill(to, to + margin, Acc(0));
+    to += margin;
+    for (int row = 0; row < g.height; ++row, to += plane.width, from += g.width) {
       std::fill(to, to + g.padding_w, Acc(0));
       for (int column = 0; column < g.width; ++column)
         to[g.padding_w + column] = widen(from[column]);
-      std::fill(to + g.padding_w + g.width, to + width, Acc(0));
+      std::fill(to + g.padding_w + g.width, to + plane.width, Acc(0));
     }
-    std::fill(to, to + g.padding_h * width, Acc(0));
+    std::fill(to, to + margin, Acc(0));
   }
-  const Acc* point(int64_t group, int64_t sample, int64_t n, const Acc* packed, int64_t chunk,
-                   int64_t row) const {
+  const Acc* row_pointer(int64_t group, int64_t sample, int64_t n, const Acc* packed, int64_t chunk,
+                         int64_t row) const {
     const int64_t channel = row / taps;
-    const int tap = static_cast<int>(row % taps);
-    const int64_t offset =
-        int64_t{tap / g.kernel_w} * g.dilation_h * width + int64_t{tap % g.kernel_w} * g.dilation_w;
+    const int64_t offset = plane.tap_offset(row % taps);
     if constexpr (!kConverted) {
       if (direct)
-        return data + ((sample * groups + group) * g.channels + channel) * height * width + offset;
+        return data + (sample * groups + group) * step_of_group() + channel * plane.size() + offset;
     }
-    return packed + (channel * chunk + n) * unit_size + offset;
+    return packed + (channel * chunk + n) * block_size + offset;
   }
-  int64_t step() const {
-    return direct ? groups * g.channels * int64_t{height} * width : unit_size;
-  }
+  int64_t step() const { return direct ? groups * step_of_group() : block_size; }
+
+ private:
+  int64_t step_of_group() const { return plane.geometry.channels * plane.size(); }
 };
 
 void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,
@@ -114,7 +109,7 @@ void sq_grad_conv2d_cpu(const Tensor& out, const Tensor& input, const Tensor& gr
     const auto* grads = static_cast<const Scalar*>(door.grad.const_data_ptr());
     Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
     if (groups_fill_lanes<Acc>(s, door.geometry)) {
-      return sq_grad_grouped_cpu(s, door.geometry, images, grads, result);
+      return SqGradGrouped<Scalar>(s, door.geometry, images, grads).run(out);
     }
     const ChannelLanes<Scalar> lanes{grads, groups, s.positions, s.out_features};
     sq_grad_cpu<true>(out, s, lanes, TapRows<Scalar>(images, groups, door.geometry), result);

@@ -15,39 +15,41 @@
 namespace fastunlearn {
 namespace {
 
-// Sums over many rows of features, each in blocks (common/block_sum.h).
+// Sums over many rows of features, in blocks of blocks as in common/block_sum.h.
 template <typename T>
 class RowSum {
  public:
-  explicit RowSum(int64_t features) : total_(features), block_(features) {}
+  explicit RowSum(int64_t features) : total_(features), blocks_(features), block_(features) {}
 
   // term(d) is what feature d grows by.
   template <typename Term>
   void add(const Term& term) {
     T* const block = block_.data();
     for (size_t d = 0; d < block_.size(); ++d) block[d] += term(d);
-    if (++count_ == kSumBlock) end_block();
+    if (++count_ % kSumBlock != 0) return;
+    move(block_, blocks_);
+    if (count_ % (kSumBlock * kSumBlock) == 0) move(blocks_, total_);
   }
-  // The sums, until the next clear().
+  // The sums; add() may go on.
   const T* value() {
-    end_block();
+    move(block_, blocks_);
+    move(blocks_, total_);
     return total_.data();
   }
   void clear() {
-    std::fill(total_.begin(), total_.end(), T(0));
-    std::fill(block_.begin(), block_.end(), T(0));
+    for (std::vector<T>* sums : {&total_, &blocks_, &block_})
+      std::fill(sums->begin(), sums->end(), T(0));
     count_ = 0;
   }
 
  private:
-  void end_block() {
-    for (size_t d = 0; d < block_.size(); ++d) total_[d] += block_[d];
-    std::fill(block_.begin(), block_.end(), T(0));
-    count_ = 0;
+  static void move(std::vector<T>& from, std::vector<T>& to) {
+    for (size_t d = 0; d < from.size(); ++d) to[d] += from[d];
+    std::fill(from.begin(), from.end(), T(0));
   }
 
-  std::vector<T> total_, block_;
-  int count_ = 0;
+  std::vector<T> total_, blocks_, block_;
+  int64_t count_ = 0;
 };
 
 template <typename Scalar>

@@ -3,11 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
 #include <type_traits>
 #include <vector>
 
-#include "common/conv2d.h"
+#include "common/padded_plane.h"
 #include "common/tasks_cpu.h"
 #include "fisher/sq_grad_tile_cpu.h"
 
@@ -24,53 +23,139 @@ void square_group_cpu(const float* grads, const float* const* taps, const int* o
 void square_group_cpu(const double* grads, const double* const* taps, const int* offsets,
                       int positions, double* squares);
 
-// A group with as many output channels as half a vector's lanes does as well with them for lanes.
+// What one thread lays out of a sample: its L2 cache, unless the lanes are full.
+inline constexpr int64_t kGroupImageBytes = int64_t{1} << 20;
+// Slices of the samples when few groups leave threads idle; their number shows in the bits, and so
+// must not depend on the number of threads.
+inline constexpr int64_t kGroupSlices = 16;
+
+// With half the lanes filled by output channels, or with an image that leaves the cache, the tile
+// kernel does as well.
 template <typename T>
-bool groups_fill_lanes(const SqGradShape& shape, const Conv2dGeometry& g) {
-  const int64_t padded =
-      (g.height + 2 * int64_t{g.padding_h}) * (g.width + 2 * int64_t{g.padding_w});
-  return shape.groups >= kGroupLanes<T> / 2 && shape.out_features <= kGroupLanes<T> / 2 &&
-         padded * kGroupLanes<T> < INT_MAX;  // offsets are int
+bool groups_fill_lanes(const SqGradShape& shape, const Conv2dGeometry& geometry) {
+  constexpr int kLanes = kGroupLanes<T>;
+  if (shape.groups < kLanes / 2 || shape.out_features > kLanes / 2) return false;
+  const int64_t plane = PaddedPlane(geometry).size() * kLanes;
+  return fits_int(plane) && (shape.groups >= kLanes ||
+                             geometry.channels * plane * int64_t{sizeof(T)} <= kGroupImageBytes);
 }
 
-// A task owns kGroupLanes groups and lays out one sample of them after the other, groups last.
+// A task owns kGroupLanes groups of a slice of the samples and lays out one sample of them after
+// the other, groups last.
 template <typename Scalar>
-void sq_grad_grouped_cpu(const SqGradShape& shape, const Conv2dGeometry& g, const Scalar* images,
-                         const Scalar* grads, CpuAccumulator<Scalar>* out) {
-  using Acc = CpuAccumulator<Scalar>;
-  constexpr int kLanes = kGroupLanes<Acc>;
-  const int height = g.height + 2 * g.padding_h;
-  const int width = g.width + 2 * g.padding_w;
-  const int64_t plane = int64_t{g.height} * g.width;
-  const int64_t padded = int64_t{height} * width;
-  const int positions = static_cast<int>(shape.positions);
-  const int features = static_cast<int>(shape.in_features);
-  const int per_channel = g.kernel_h * g.kernel_w;
-  std::vector<int> offsets(shape.positions);
-  for (int row = 0; row < g.out_h; ++row) {
-    for (int column = 0; column < g.out_w; ++column) {
-      offsets[row * g.out_w + column] = (row * g.stride_h * width + column * g.stride_w) * kLanes;
+class SqGradGrouped {
+ public:
+  SqGradGrouped(const SqGradShape& shape, const Conv2dGeometry& geometry, const Scalar* images,
+                const Scalar* grads)
+      : shape_(shape),
+        plane_(geometry),
+        images_(images),
+        grads_(grads),
+        offsets_(plane_.position_offsets("sq_grad_conv2d", kLanes)),
+        tap_blocks_(ceil_div(shape.in_features, kGroupTaps)),
+        sums_(shape.out_features * tap_blocks_ * kGroupTaps * kLanes) {}
+
+  void run(const Tensor& out) const {
+    const int64_t lane_blocks = ceil_div(shape_.groups, kLanes);
+    const int64_t slices =
+        std::clamp<int64_t>(kGroupSlices / lane_blocks, 1, ceil_div(shape_.samples, kSumBlock));
+    const int64_t slice = ceil_div(shape_.samples, slices);
+    const int64_t count = out.numel();
+    const Tensor partial = slices > 1 ? workspace<Acc>(out, slices * count) : out;
+    Acc* target = static_cast<Acc*>(partial.mutable_data_ptr());
+    if (slices > 1) std::fill(target, target + slices * count, Acc(0));
+    for_each_task(
+        lane_blocks * slices, [&] { return Scratch(*this); },
+        [&](Scratch& scratch, int64_t task) {
+          const int64_t first = task / lane_blocks * slice;
+          add_groups(scratch, task % lane_blocks * kLanes, first,
+                     std::min(shape_.samples, first + slice), target + task / lane_blocks * count);
+        });
+    if (slices == 1) return;
+    Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {  // a weight of few groups: a few thousand numbers
+      Acc sum = target[i];
+      for (int64_t s = 1; s < slices; ++s) sum += target[s * count + i];
+      result[i] += sum;
     }
   }
-  const int64_t tap_blocks = ceil_div(features, kGroupTaps);
-  const int64_t sums = shape.out_features * tap_blocks * kGroupTaps * kLanes;
+
+ private:
+  using Acc = CpuAccumulator<Scalar>;
+  static constexpr int kLanes = kGroupLanes<Acc>;
+
   struct Scratch {
     std::vector<CacheLine> memory;
     Acc *image, *grad, *block, *total;
+
+    explicit Scratch(const SqGradGrouped& op) {
+      const int64_t images = op.plane_.geometry.channels * op.plane_.size() * kLanes;
+      const int64_t grads = op.shape_.out_features * op.shape_.positions * kLanes;
+      memory.resize((images + grads + 2 * op.sums_) * sizeof(Acc) / sizeof(CacheLine));
+      image = reinterpret_cast<Acc*>(memory.data());
+      grad = image + images;
+      block = grad + grads;
+      total = block + op.sums_;
+    }
   };
-  auto make_scratch = [&] {
-    const int64_t image = g.channels * padded * kLanes;
-    const int64_t grad = shape.out_features * positions * kLanes;
-    Scratch scratch;
-    scratch.memory.resize((image + grad + 2 * sums) * sizeof(Acc) / sizeof(CacheLine));
-    scratch.image = reinterpret_cast<Acc*>(scratch.memory.data());
-    scratch.grad = scratch.image + image;
-    scratch.block = scratch.grad + grad;
-    scratch.total = scratch.block + sums;
-    return scratch;
-  };
-  // Writes to[column, lane] = from[lane, column].
-  auto spread = [&](const Scalar* from, int64_t lane_stride, int lanes, int columns, Acc* to) {
+
+  void add_groups(Scratch& scratch, int64_t group, int64_t first, int64_t last, Acc* out) const {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, shape_.groups - group));
+    // Padding, lanes without a group and sums start at zero; the first two stay so.
+    std::fill(scratch.memory.begin(), scratch.memory.end(), CacheLine{});
+    auto end_block = [&] {
+      for (int64_t i = 0; i < sums_; ++i) scratch.total[i] += scratch.block[i];
+      std::fill(scratch.block, scratch.block + sums_, Acc(0));
+    };
+    for (int64_t n = first; n < last; ++n) {
+      lay_out(scratch, n, group, lanes);
+      for (int64_t p = 0; p < shape_.out_features; ++p) {
+        for (int64_t feature = 0; feature < shape_.in_features; feature += kGroupTaps) {
+          const Acc* taps[kGroupTaps];
+          for (int k = 0; k < kGroupTaps; ++k)  // after the last tap, the last one again
+            taps[k] = tap(scratch, std::min(feature + k, shape_.in_features - 1));
+          square_group_cpu(scratch.grad + p * shape_.positions * kLanes, taps, offsets_.data(),
+                           static_cast<int>(shape_.positions),
+                           scratch.block + (p * tap_blocks_ * kGroupTaps + feature) * kLanes);
+        }
+      }
+      if ((n - first) % kSumBlock == kSumBlock - 1) end_block();
+    }
+    end_block();
+    for (int64_t p = 0; p < shape_.out_features; ++p) {
+      const Acc* from = scratch.total + p * tap_blocks_ * kGroupTaps * kLanes;
+      for (int lane = 0; lane < lanes; ++lane) {
+        Acc* to = out + ((group + lane) * shape_.out_features + p) * shape_.in_features;
+        for (int64_t d = 0; d < shape_.in_features; ++d) to[d] += from[d * kLanes + lane];
+      }
+    }
+  }
+
+  const Acc* tap(const Scratch& scratch, int64_t feature) const {
+    const int64_t taps = int64_t{plane_.geometry.kernel_h} * plane_.geometry.kernel_w;
+    return scratch.image +
+           (feature / taps * plane_.size() + plane_.tap_offset(feature % taps)) * kLanes;
+  }
+
+  void lay_out(Scratch& scratch, int64_t sample, int64_t group, int lanes) const {
+    const Conv2dGeometry& g = plane_.geometry;
+    const int64_t size = int64_t{g.height} * g.width;
+    const int64_t first = sample * shape_.groups + group;
+    for (int c = 0; c < g.channels; ++c) {
+      const Scalar* channel = images_ + (first * g.channels + c) * size;
+      const int64_t corner = c * plane_.size() + int64_t{g.padding_h} * plane_.width + g.padding_w;
+      for (int row = 0; row < g.height; ++row)
+        lay_row(channel + int64_t{row} * g.width, g.channels * size, lanes, g.width,
+                scratch.image + (corner + int64_t{row} * plane_.width) * kLanes);
+    }
+    for (int64_t p = 0; p < shape_.out_features; ++p)
+      lay_row(grads_ + (first * shape_.out_features + p) * shape_.positions,
+              shape_.out_features * shape_.positions, lanes, static_cast<int>(shape_.positions),
+              scratch.grad + p * shape_.positions * kLanes);
+  }
+
+  // to[column, lane] = from[lane, column].
+  static void lay_row(const Scalar* from, int64_t lane_stride, int lanes, int columns, Acc* to) {
     if constexpr (std::is_same_v<Scalar, Acc>) {
       transpose_cpu(from, lane_stride, lanes, columns, false, to, kLanes);
     } else {
@@ -79,53 +164,15 @@ void sq_grad_grouped_cpu(const SqGradShape& shape, const Conv2dGeometry& g, cons
           to[j * kLanes + lane] = widen(from[lane * lane_stride + j]);
       }
     }
-  };
-  for_each_task(ceil_div(shape.groups, kLanes), make_scratch, [&](Scratch& scratch, int64_t task) {
-    const int64_t group = task * kLanes;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, shape.groups - group));
-    // Padding, lanes without a group and sums start at zero; the first two stay so.
-    std::fill(scratch.memory.begin(), scratch.memory.end(), CacheLine{});
-    auto end_block = [&] {
-      for (int64_t i = 0; i < sums; ++i) scratch.total[i] += scratch.block[i];
-      std::fill(scratch.block, scratch.block + sums, Acc(0));
-    };
-    for (int64_t n = 0; n < shape.samples; ++n) {
-      for (int c = 0; c < g.channels; ++c) {
-        const Scalar* channel = images + ((n * shape.groups + group) * g.channels + c) * plane;
-        Acc* to =
-            scratch.image + (c * padded + int64_t{g.padding_h} * width + g.padding_w) * kLanes;
-        for (int row = 0; row < g.height; ++row)
-          spread(channel + row * g.width, g.channels * plane, lanes, g.width,
-                 to + int64_t{row} * width * kLanes);
-      }
-      for (int64_t p = 0; p < shape.out_features; ++p) {
-        spread(grads + ((n * shape.groups + group) * shape.out_features + p) * positions,
-               shape.out_features * positions, lanes, positions,
-               scratch.grad + p * positions * kLanes);
-        for (int first = 0; first < features; first += kGroupTaps) {
-          const Acc* taps[kGroupTaps];
-          for (int k = 0; k < kGroupTaps; ++k) {  // after the last tap, the last one again
-            const int feature = std::min(first + k, features - 1);
-            const int tap = feature % per_channel;
-            const int64_t offset = int64_t{tap / g.kernel_w} * g.dilation_h * width +
-                                   int64_t{tap % g.kernel_w} * g.dilation_w;
-            taps[k] = scratch.image + (feature / per_channel * padded + offset) * kLanes;
-          }
-          square_group_cpu(scratch.grad + p * positions * kLanes, taps, offsets.data(), positions,
-                           scratch.block + (p * tap_blocks * kGroupTaps + first) * kLanes);
-        }
-      }
-      if (n % kSumBlock == kSumBlock - 1) end_block();
-    }
-    end_block();
-    for (int64_t p = 0; p < shape.out_features; ++p) {
-      const Acc* from = scratch.total + p * tap_blocks * kGroupTaps * kLanes;
-      for (int lane = 0; lane < lanes; ++lane) {
-        Acc* to = out + ((group + lane) * shape.out_features + p) * features;
-        for (int d = 0; d < features; ++d) to[d] += from[d * kLanes + lane];
-      }
-    }
-  });
-}
+  }
+
+  SqGradShape shape_;
+  PaddedPlane plane_;
+  const Scalar* images_;
+  const Scalar* grads_;
+  std::vector<int> offsets_;
+  int64_t tap_blocks_;  // of one output channel
+  int64_t sums_;        // [out_features, tap_blocks, kGroupTaps, kLanes]
+};
 
 }  // namespace fastunlearn

@@ -1,6 +1,9 @@
 // sq_grad_linear on a CPU: the input's features are lanes, the output's are rows.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "common/dispatch.h"
 #include "fisher/doors.h"
 #include "fisher/sq_grad_tile_cpu.h"
@@ -26,26 +29,28 @@ struct FeatureLanes {
   }
 };
 
-// The same, packed in units of kUnit x kSquareRows features: [kUnit, positions, kSquareRows].
+// The same, packed in blocks of kSubtiles register tiles: [kSubtiles, positions, kSquareRows].
 template <typename Scalar>
 struct FeatureRows {
   using Acc = CpuAccumulator<Scalar>;
-  static constexpr int kUnit = 8;
+  static constexpr int kSubtiles = 8;
 
   const Scalar* data;
   int64_t positions, count;
-  int64_t units = ceil_div(count, kUnit* kSquareRows);
-  int64_t unit_size = kUnit * kSquareRows * positions;
+  int64_t blocks = ceil_div(count, kSubtiles* kSquareRows);
+  int64_t block_size = kSubtiles * kSquareRows * positions;
   std::vector<int> offsets;
 
   FeatureRows(const Scalar* data, int64_t positions, int64_t count)
       : data(data), positions(positions), count(count), offsets(positions) {
+    check(fits_int(positions * kSquareRows), "sq_grad_linear: ", positions,
+          " positions a sample; on a CPU at most 2^31 / 6 are possible");
     for (int64_t t = 0; t < positions; ++t) offsets[t] = static_cast<int>(t * kSquareRows);
   }
 
-  void pack(int64_t, int64_t sample, int64_t unit, Acc* to) const {
-    const int64_t first = unit * kUnit * kSquareRows;
-    const int64_t valid = std::min<int64_t>(kUnit * kSquareRows, count - first);
+  void pack(int64_t, int64_t sample, int64_t block, Acc* to) const {
+    const int64_t first = block * kSubtiles * kSquareRows;
+    const int64_t valid = std::min<int64_t>(kSubtiles * kSquareRows, count - first);
     const Scalar* from = data + sample * positions * count + first;
     for (int64_t t = 0; t < positions; ++t, from += count) {
       for (int64_t i = 0; i < valid; i += kSquareRows) {
@@ -55,14 +60,14 @@ struct FeatureRows {
       }
     }
   }
-  const Acc* point(int64_t, int64_t, int64_t n, const Acc* packed, int64_t chunk,
-                   int64_t row) const {
-    const int64_t unit = row / (kUnit * kSquareRows);
-    const int64_t subtile = row / kSquareRows % kUnit;
-    return packed + (unit * chunk + n) * unit_size + subtile * positions * kSquareRows +
+  const Acc* row_pointer(int64_t, int64_t, int64_t n, const Acc* packed, int64_t chunk,
+                         int64_t row) const {
+    const int64_t block = row / (kSubtiles * kSquareRows);
+    const int64_t subtile = row / kSquareRows % kSubtiles;
+    return packed + (block * chunk + n) * block_size + subtile * positions * kSquareRows +
            row % kSquareRows;
   }
-  int64_t step() const { return unit_size; }
+  int64_t step() const { return block_size; }
 };
 
 void sq_grad_linear_cpu(const Tensor& out, const Tensor& input, const Tensor& grad_output,

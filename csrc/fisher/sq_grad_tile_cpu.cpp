@@ -65,7 +65,7 @@ FASTUNLEARN_INLINE void square_block(const T* lanes, const T* const* rows, const
   }
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v)
-      *reinterpret_cast<Vector*>(squares + i * kTileStride<T> + v * kLanes) += sum[i][v];
+      *reinterpret_cast<Vector*>(squares + i * kSquareStride<T> + v * kLanes) += sum[i][v];
   }
 }
 
@@ -78,7 +78,7 @@ FASTUNLEARN_INLINE void square_products(const T* lanes, const T* const* rows, co
   const int columns = half ? kSquareLanes<T> / 2 : kSquareLanes<T>;
   for (int i = 0; i < kSquareRows; i += kRows) {
     for (int j = 0; j < columns; j += 2 * kLanes) {
-      T* at = squares + i * kTileStride<T> + j;
+      T* at = squares + i * kSquareStride<T> + j;
       if (j + 2 * kLanes <= columns) {
         square_block<kRows, 2, kBytes>(lanes + j, rows + i, offsets, step, positions, samples, at);
       } else {
@@ -88,29 +88,34 @@ FASTUNLEARN_INLINE void square_products(const T* lanes, const T* const* rows, co
   }
 }
 
-template <typename T>
+// One vector of kBytes after the other, so that kGroupTaps products fill the registers and no more.
+template <int kBytes, typename T>
 FASTUNLEARN_INLINE void square_group(const T* grads, const T* const* taps, const int* offsets,
                                      int positions, T* squares) {
-  using Vector = typename VectorOf<T>::type;
-  constexpr int kLanes = VectorOf<T>::kLanes;
-  const T* tap[kGroupTaps];
-  for (int k = 0; k < kGroupTaps; ++k) tap[k] = taps[k];
-  Vector before[kGroupTaps] = {};
-  for (int first = 0; first < positions; first += kSquareChain) {
-    const int last = std::min(positions, first + kSquareChain);
-    Vector product[kGroupTaps] = {};
-    for (int t = first; t < last; ++t) {
-      const Vector grad = *reinterpret_cast<const Vector*>(grads + int64_t{t} * kLanes);
-      const int64_t at = offsets[t];
-      for (int k = 0; k < kGroupTaps; ++k)
-        product[k] += grad * *reinterpret_cast<const Vector*>(tap[k] + at);
+  using Vector = typename VectorOf<T, kBytes>::type;
+  for (int lane = 0; lane < kGroupLanes<T>; lane += VectorOf<T, kBytes>::kLanes) {
+    const T* tap[kGroupTaps];
+    for (int k = 0; k < kGroupTaps; ++k) tap[k] = taps[k] + lane;
+    Vector before[kGroupTaps] = {};
+    for (int first = 0; first < positions; first += kSquareChain) {
+      const int last = std::min(positions, first + kSquareChain);
+      Vector product[kGroupTaps] = {};
+      for (int t = first; t < last; ++t) {
+        const Vector grad =
+            *reinterpret_cast<const Vector*>(grads + int64_t{t} * kGroupLanes<T> + lane);
+        const int64_t at = offsets[t];
+        for (int k = 0; k < kGroupTaps; ++k)
+          product[k] += grad * *reinterpret_cast<const Vector*>(tap[k] + at);
+      }
+      for (int k = 0; k < kGroupTaps; ++k) before[k] += product[k];
     }
-    for (int k = 0; k < kGroupTaps; ++k) before[k] += product[k];
+    for (int k = 0; k < kGroupTaps; ++k) {
+      *reinterpret_cast<Vector*>(squares + k * kGroupLanes<T> + lane) += before[k] * before[k];
+    }
   }
-  for (int k = 0; k < kGroupTaps; ++k)
-    *reinterpret_cast<Vector*>(squares + k * kLanes) += before[k] * before[k];
 }
 
+#if __has_builtin(__builtin_shufflevector)  // g++ 12, clang
 // One stage of the transposition of a square of registers: swaps the blocks of kHalf x kHalf off
 // the diagonal in every block of 2 kHalf x 2 kHalf.
 template <int kHalf, typename Vector, size_t... kLane>
@@ -128,6 +133,23 @@ FASTUNLEARN_INLINE void swap_blocks(Vector* rows, std::index_sequence<kLane...>)
   }
 }
 
+template <typename Vector, int kLanes>
+FASTUNLEARN_INLINE void transpose_square(Vector (&rows)[kLanes]) {
+  swap_blocks<kLanes / 2>(rows, std::make_index_sequence<kLanes>());
+}
+#else
+template <typename Vector, int kLanes>
+FASTUNLEARN_INLINE void transpose_square(Vector (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const auto value = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = value;
+    }
+  }
+}
+#endif
+
 template <typename T>
 FASTUNLEARN_INLINE void transpose(const T* from, int64_t from_stride, int rows, int columns,
                                   bool add, T* to, int64_t to_stride) {
@@ -140,7 +162,7 @@ FASTUNLEARN_INLINE void transpose(const T* from, int64_t from_stride, int rows, 
         Vector block[kLanes];
         for (int k = 0; k < kLanes; ++k)
           block[k] = *reinterpret_cast<const Unaligned*>(from + (i + k) * from_stride + j);
-        swap_blocks<kLanes / 2>(block, std::make_index_sequence<kLanes>());
+        transpose_square(block);
         for (int k = 0; k < kLanes; ++k) {
           auto* target = reinterpret_cast<Unaligned*>(to + (j + k) * to_stride + i);
           *target = add ? *target + block[k] : block[k];
@@ -168,6 +190,10 @@ FASTUNLEARN_INLINE void transpose(const T* from, int64_t from_stride, int rows, 
                                          T* squares) {                                             \
     square_products<block_rows, bytes>(lanes, rows, offsets, step, positions, samples, half,       \
                                        squares);                                                   \
+  }                                                                                                \
+  attribute void square_group_version(const T* grads, const T* const* taps, const int* offsets,    \
+                                      int positions, T* squares) {                                 \
+    square_group<bytes>(grads, taps, offsets, positions, squares);                                 \
   }
 #ifdef FASTUNLEARN_CPU_VERSIONS
 FASTUNLEARN_SQUARES(__attribute__((target("arch=x86-64-v4"))), float, 6, 64)
@@ -192,16 +218,14 @@ void square_products_cpu(const double* lanes, const double* const* rows, const i
   square_products_version(lanes, rows, offsets, step, positions, samples, half, squares);
 }
 
-FASTUNLEARN_CPU_CLONES
 void square_group_cpu(const float* grads, const float* const* taps, const int* offsets,
                       int positions, float* squares) {
-  square_group(grads, taps, offsets, positions, squares);
+  square_group_version(grads, taps, offsets, positions, squares);
 }
 
-FASTUNLEARN_CPU_CLONES
 void square_group_cpu(const double* grads, const double* const* taps, const int* offsets,
                       int positions, double* squares) {
-  square_group(grads, taps, offsets, positions, squares);
+  square_group_version(grads, taps, offsets, positions, squares);
 }
 
 FASTUNLEARN_CPU_CLONES

@@ -7,44 +7,29 @@
 // because the patches can then be read from the padded image itself: nothing is unfolded.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <array>
-#include <vector>
 
-#include "common/block_sum.h"
-#include "common/check.h"
 #include "common/cpu.h"
 #include "common/tasks_cpu.h"
-#include "fisher/sq_grad_tile.h"
+#include "common/workspace.h"
+#include "fisher/sq_grad_cpu_plan.h"
 
 namespace fastunlearn {
 
-inline constexpr int kSquareRows = 6;  // 6 x 2 products and squares: 24 of AVX-512's 32 registers
 template <typename T>
-inline constexpr int kSquareLanes = 2 * VectorOf<T>::kLanes;
-
-// A task owns at most kTileSubtiles x kTilePanels register tiles, whose sums it keeps in its cache.
-inline constexpr int kTileSubtiles = 8;
-inline constexpr int kTilePanels = 4;
+inline constexpr int kSquareLanes = kSquareLaneBytes / sizeof(T);
 template <typename T>
-inline constexpr int kTileStride = kTilePanels * kSquareLanes<T>;
+inline constexpr int kSquareStride = kSquarePanels * kSquareLanes<T>;  // of a task's tile
 
 // Positions after which a running product is set aside: a rounding error that grows with the length
 // of one chain.
 inline constexpr int kSquareChain = 128;
-// Positions that a block of samples should fill: with few positions a sample, several samples pass
-// through the registers before their squares are added to the tile.
-inline constexpr int kBlockPositions = 128;
-// Positions of a unit that are packed by one task.
-inline constexpr int64_t kStretchPositions = 512;
-// Packed numbers of one chunk of samples, for all threads: part of the L3 cache.
-inline constexpr int64_t kChunkBytes = int64_t{4} << 20;
+// Positions that one task packs, at least.
+inline constexpr int64_t kPackedPositions = 512;
 
 // squares[i, l] += sum_n (sum_t rows[i][n step + offsets[t]] * lanes[n, t, l])^2 for one register
-// tile: lanes [samples, positions, kSquareLanes], squares [kSquareRows, kTileStride]. With `half`,
-// only the first half of the lanes.
+// tile: lanes [samples, positions, kSquareLanes], squares [kSquareRows, kSquareStride]. With `half`
+// at most the first half of the lanes is used.
 void square_products_cpu(const float* lanes, const float* const* rows, const int* offsets,
                          int64_t step, int positions, int samples, bool half, float* squares);
 void square_products_cpu(const double* lanes, const double* const* rows, const int* offsets,
@@ -56,81 +41,48 @@ void transpose_cpu(const float* from, int64_t from_stride, int rows, int columns
 void transpose_cpu(const double* from, int64_t from_stride, int rows, int columns, bool add,
                    double* to, int64_t to_stride);
 
-// How a task's tile is cut, and how many samples are packed at once. None of it changes the order
-// in which one weight's squares are summed, except for chunks and blocks, which do not depend on
-// the number of threads.
-struct SqGradCpuPlan {
-  int64_t row_tiles = 0, lane_tiles = 0;
-  int subtiles = kTileSubtiles, panels = kTilePanels;  // of one task
-  int64_t chunk = 0;                                   // samples
-  int block = 0;                                       // samples
-};
-
-template <typename T>
-SqGradCpuPlan plan_sq_grad_cpu(const SqGradShape& shape, int64_t rows, int64_t lanes,
-                               int64_t packed_per_sample, int64_t threads) {
-  SqGradCpuPlan plan;
-  const int64_t all_subtiles = ceil_div(rows, kSquareRows);
-  const int64_t all_panels = ceil_div(lanes, kSquareLanes<T>);
-  auto tasks = [&] {
-    plan.row_tiles = ceil_div(all_subtiles, plan.subtiles);
-    plan.lane_tiles = ceil_div(all_panels, plan.panels);
-    return shape.groups * plan.row_tiles * plan.lane_tiles;
-  };
-  // Four tasks a thread even out cores of unequal speed.
-  while (tasks() < 4 * threads && plan.subtiles * plan.panels > 1) {
-    (plan.subtiles > plan.panels ? plan.subtiles : plan.panels) /= 2;
-  }
-  plan.block =
-      static_cast<int>(std::clamp<int64_t>(kBlockPositions / shape.positions, 1, kSumBlock));
-  const int64_t fit = kChunkBytes / (packed_per_sample * int64_t{sizeof(T)} + 1);
-  plan.chunk =
-      std::clamp<int64_t>(fit / plan.block, 1, ceil_div(shape.samples, plan.block)) * plan.block;
-  return plan;
-}
-
 // Lanes: count; pack(group, sample, first, panel) writes [positions, kSquareLanes], zeros after the
-// last lane. Rows: count; units, unit_size; pack(group, sample, unit, to), skipped when units is 0;
-// offsets [positions]; point(group, sample, packed, chunk, row) -> where a row's first position of
-// a sample lies, packed being [units, chunk, unit_size]; step(), from one sample to the next.
-// kLanesAreOut: the lanes are out's first axis, the rows its second.
+// last lane. Rows: count; blocks of block_size numbers each, which pack(group, sample, block, to)
+// writes (none where rows are read in place); offsets [positions]; row_pointer(group, sample, n,
+// packed, chunk, row), where the first position of a row of a sample lies, the n-th of the packed
+// [blocks, chunk, block_size]; step(), from one sample to the next. kLanesAreOut: the lanes are
+// out's first axis, the rows its second.
 template <bool kLanesAreOut, typename T, typename Lanes, typename Rows>
 void sq_grad_cpu(const Tensor& like, const SqGradShape& shape, const Lanes& lanes, const Rows& rows,
                  T* out) {
   struct None {};
   struct Scratch {
-    alignas(64) T squares[kTileSubtiles * kSquareRows * kTileStride<T>];
+    alignas(64) T squares[kSquareSubtiles * kSquareRows * kSquareStride<T>];
   };
   constexpr int kLanes = kSquareLanes<T>;
   const int64_t all_panels = ceil_div(lanes.count, kLanes);
   const int64_t panel_size = shape.positions * kLanes;
-  const int64_t per_sample = shape.groups * (all_panels * panel_size + rows.units * rows.unit_size);
-  const SqGradCpuPlan plan = plan_sq_grad_cpu<T>(shape, rows.count, lanes.count, per_sample,
-                                                 torch::stable::get_num_threads());
-  const std::array<int64_t, 1> size{
-      ceil_div(plan.chunk * per_sample * int64_t{sizeof(T)} + 64, int64_t{sizeof(T)})};
-  const Tensor workspace = torch::stable::new_empty(
-      like, {size.data(), size.size()}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
-  T* const packed_lanes = static_cast<T*>(workspace.mutable_data_ptr());
+  const int64_t per_sample =
+      shape.groups * (all_panels * panel_size + rows.blocks * rows.block_size);
+  const SqGradCpuPlan plan = plan_sq_grad_cpu(shape, rows.count, lanes.count, per_sample, sizeof(T),
+                                              torch::stable::get_num_threads());
+  const Tensor packed = workspace<T>(like, plan.chunk * per_sample);
+  T* const packed_lanes = static_cast<T*>(packed.mutable_data_ptr());
   T* const packed_rows = packed_lanes + shape.groups * plan.chunk * all_panels * panel_size;
-  const int64_t packs = all_panels + rows.units;
-  const int64_t stretch = ceil_div(kStretchPositions, shape.positions);
+  const int64_t packs = all_panels + rows.blocks;
+  const int64_t samples_per_part = ceil_div(kPackedPositions, shape.positions);
 
   for (int64_t first = 0; first < shape.samples; first += plan.chunk) {
     const int64_t count = std::min(plan.chunk, shape.samples - first);
-    const int64_t stretches = ceil_div(count, stretch);
-    for_each_task<None>(shape.groups * packs * stretches, [&](None&, int64_t task) {
-      const int64_t begin = task % stretches * stretch;
-      const int64_t pack = task / stretches % packs;
-      const int64_t group = task / stretches / packs;
-      for (int64_t n = begin; n < std::min(count, begin + stretch); ++n) {
+    const int64_t parts = ceil_div(count, samples_per_part);
+    for_each_task<None>(shape.groups * packs * parts, [&](None&, int64_t task) {
+      const int64_t begin = task % parts * samples_per_part;
+      const int64_t pack = task / parts % packs;
+      const int64_t group = task / parts / packs;
+      for (int64_t n = begin; n < std::min(count, begin + samples_per_part); ++n) {
         if (pack < all_panels) {
           lanes.pack(group, first + n, pack * kLanes,
                      packed_lanes + ((group * all_panels + pack) * plan.chunk + n) * panel_size);
         } else {
-          const int64_t unit = pack - all_panels;
-          rows.pack(group, first + n, unit,
-                    packed_rows + ((group * rows.units + unit) * plan.chunk + n) * rows.unit_size);
+          const int64_t block = pack - all_panels;
+          rows.pack(
+              group, first + n, block,
+              packed_rows + ((group * rows.blocks + block) * plan.chunk + n) * rows.block_size);
         }
       }
     });
@@ -143,35 +95,35 @@ void sq_grad_cpu(const Tensor& like, const SqGradShape& shape, const Lanes& lane
       const int valid =
           static_cast<int>(std::min<int64_t>(plan.subtiles * kSquareRows, rows.count - row));
       const T* group_lanes = packed_lanes + group * all_panels * plan.chunk * panel_size;
-      const T* group_rows = packed_rows + group * rows.units * plan.chunk * rows.unit_size;
+      const T* group_rows = packed_rows + group * rows.blocks * plan.chunk * rows.block_size;
       std::fill(scratch.squares,
-                scratch.squares + ceil_div(valid, kSquareRows) * kSquareRows * kTileStride<T>,
+                scratch.squares + ceil_div(valid, kSquareRows) * kSquareRows * kSquareStride<T>,
                 T(0));
       for (int64_t n = 0; n < count; n += plan.block) {
         const int samples = static_cast<int>(std::min<int64_t>(plan.block, count - n));
         for (int i = 0; i < valid; i += kSquareRows) {
           const T* at[kSquareRows];
           for (int r = 0; r < kSquareRows; ++r) {  // after the last row, the last one again
-            at[r] = rows.point(group, first + n, n, group_rows, plan.chunk,
-                               row + std::min(i + r, valid - 1));
+            at[r] = rows.row_pointer(group, first + n, n, group_rows, plan.chunk,
+                                     row + std::min(i + r, valid - 1));
           }
           for (int p = 0; p < panels; ++p) {
             square_products_cpu(group_lanes + ((panel + p) * plan.chunk + n) * panel_size, at,
                                 rows.offsets.data(), rows.step(), static_cast<int>(shape.positions),
                                 samples, lanes.count - (panel + p) * kLanes <= kLanes / 2,
-                                scratch.squares + i * kTileStride<T> + p * kLanes);
+                                scratch.squares + i * kSquareStride<T> + p * kLanes);
           }
         }
       }
       const int64_t lane = panel * kLanes;
       const int columns = static_cast<int>(std::min<int64_t>(panels * kLanes, lanes.count - lane));
       if constexpr (kLanesAreOut) {
-        transpose_cpu(scratch.squares, kTileStride<T>, valid, columns, true,
+        transpose_cpu(scratch.squares, kSquareStride<T>, valid, columns, true,
                       out + (group * lanes.count + lane) * rows.count + row, rows.count);
       } else {
         for (int i = 0; i < valid; ++i) {
           T* target = out + (group * rows.count + row + i) * lanes.count + lane;
-          const T* sums = scratch.squares + i * kTileStride<T>;
+          const T* sums = scratch.squares + i * kSquareStride<T>;
           for (int j = 0; j < columns; ++j) target[j] += sums[j];
         }
       }

@@ -12,6 +12,7 @@
 
 #include "common/dispatch.h"
 #include "common/tasks_cpu.h"
+#include "common/workspace.h"
 #include "subspace/doors.h"
 #include "subspace/gram_panel_cpu.h"
 
@@ -126,7 +127,8 @@ class GramConv2d {
     const int64_t fit = kPackedBytes / (layer_size * int64_t{sizeof(Acc)});
     const int64_t most = std::clamp<int64_t>(fit, 1, kGramFlush / kPanelDepth);
     const int64_t stretch = std::min(most, ceil_div(patches_, kPanelDepth)) * kPanelDepth;
-    const Tensor workspace = empty<Acc>(stretch / kPanelDepth * layer_size);
+    const Tensor workspace =
+        fastunlearn::workspace<Acc>(tensor_, stretch / kPanelDepth * layer_size);
     Acc* packed = static_cast<Acc*>(workspace.mutable_data_ptr());
     for (int64_t group = 0; group < shape_.groups; ++group) {
       for (int64_t first = 0; first < patches_; first += stretch) {
@@ -163,7 +165,7 @@ class GramConv2d {
     const int64_t count = shape_.groups * matrix();
     Tensor workspace = tensor_;
     if (slices > 1) {
-      workspace = empty<Master>(slices * count);
+      workspace = fastunlearn::workspace<Master>(tensor_, slices * count);
       torch::stable::zero_(workspace);
     }
     Master* partial = static_cast<Master*>(workspace.mutable_data_ptr());
@@ -239,12 +241,6 @@ class GramConv2d {
   }
   static int depth(int64_t patch, int64_t last) {
     return static_cast<int>(std::min<int64_t>(kPanelDepth, last - patch));
-  }
-  template <typename T>
-  Tensor empty(int64_t elements) const {
-    const std::array<int64_t, 1> size{elements};
-    return torch::stable::new_empty(tensor_, {size.data(), size.size()},
-                                    sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
   }
 
   GramShape shape_;
