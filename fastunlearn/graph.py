@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 Key = tuple[Node, int]  # an output of a node: one tensor of the forward pass
@@ -68,12 +70,24 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
     return Survey(edges, reached, {key for key in reached if key[0] not in above})
 
 
+_REENTRANT = (
+    "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the layers inside from autograd; pass "
+    "use_reentrant=False to it"
+)
+
+
 def _require_open(node: Node) -> None:
     if type(node).__name__ == "CheckpointFunctionBackward":
-        raise ValueError(
-            "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the layers inside from "
-            "autograd; pass use_reentrant=False to it"
-        )
+        raise ValueError(_REENTRANT)
+
+
+def require_no_reentrant_checkpoint() -> None:
+    """To be called while the model runs: without gradients at its door such a checkpoint leaves no node behind."""
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise ValueError(_REENTRANT)
+        frame = frame.f_back
 
 
 def edges_between(outputs: Iterable[Node], inputs: Container[Node]) -> set[tuple[Node, int, int]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastunlearn.data import Batch
-from fastunlearn.graph import Survey, Taps, edges_between
+from fastunlearn.graph import Survey, Taps, edges_between, require_no_reentrant_checkpoint
 from fastunlearn.hooks import Call, recording
 from fastunlearn.rules import applies, joinable, rule_of
 from fastunlearn.units import (
@@ -123,6 +123,7 @@ def observing(model: nn.Module, losses_of: Losses, batch: Batch, keep: bool) -> 
     taps, records = Taps(), defaultdict(list)
 
     def on_call(call: Call) -> None:
+        require_no_reentrant_checkpoint()
         records[call.module].append(Record.of(call, keep, taps, whole=keep))
 
     try:

@@ -66,13 +66,13 @@ def test_exact_is_the_expectation_over_the_models_own_labels(build: Any, loss_fn
 @pytest.mark.filterwarnings("ignore:no kernel for")
 def test_exact_reaches_layers_without_a_kernel() -> None:
     torch.manual_seed(0)
-    model = Last(nn.GRU(3, 4, batch_first=True)).double()
+    model, batches = Last(nn.GRU(3, 4, batch_first=True)).double(), images(5, 3)
 
     def terms(outputs: Tensor, _: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         for c, p in enumerate(outputs.detach().softmax(1)[0]):
             yield p, F.cross_entropy(outputs, torch.tensor([c]))
 
-    assert_same(fisher_diagonal(model, images(5, 3), kind="exact"), loop(model, images_again(model), terms), 8)
+    assert_same(fisher_diagonal(model, batches, kind="exact"), loop(model, batches, terms), 8)
 
 
 class Last(nn.Module):
@@ -84,12 +84,6 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)[1][0]
-
-
-def images_again(_: nn.Module) -> Pairs:
-    torch.manual_seed(0)
-    Last(nn.GRU(3, 4, batch_first=True))
-    return images(5, 3)
 
 
 @pytest.mark.parametrize("kind", ["exact", "monte_carlo"])
@@ -294,12 +288,16 @@ def test_checkpointed_models_are_exact(kind: Any) -> None:
     assert_same(fisher, loop(model, batches, terms), 8)
 
 
-def test_reentrant_checkpoints_are_refused() -> None:
-    model = Checkpointed(True).double()
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("params", [None, ["norm.weight"]])
+def test_reentrant_checkpoints_are_refused(params: Any) -> None:
+    """Also where only parameters inside are asked for, so that nothing before the checkpoint has a gradient."""
+    torch.manual_seed(0)
+    model, batches = Checkpointed(True).double(), images(5, 6)
     before = state(model)
     with pytest.raises(ValueError, match="use_reentrant=False"):
-        fisher_diagonal(model, images(5, 6))
-    assert state(model)[:3] == before[:3]
+        fisher_diagonal(model, batches, params=params)
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
