@@ -5,8 +5,8 @@ python benchmarks/picture.py out/bench.json fisher.svg
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 
 import matplotlib
 
@@ -25,14 +25,13 @@ def main(source: str, target: str) -> None:
         if run["name"].startswith("test_fisher_diagonal")
     }
     figure, axes = plt.subplots(figsize=(8, 1 + 0.62 * len(models)), layout="constrained")
-    ticks = []
+    ticks, height = [], 0.8 / len(COLOURS)
     for i, (name, medians) in enumerate(models.items()):
         present = [peer for peer in COLOURS if peer in medians]
-        height = 0.8 / len(COLOURS)
         for j, peer in enumerate(present):
             y = -i + 0.4 - (j + 0.5) * height
             ratio = medians[peer] / medians["plain_backward"]
-            axes.barh(y, ratio, height, color=COLOURS[peer], label=peer if i == 0 else None)
+            axes.barh(y, ratio, height, color=COLOURS[peer])
             axes.text(ratio * 1.03, y, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=6)
         model, _, samples = name.rpartition("-")
         ticks.append(f"{model}, N = {samples}")
@@ -47,4 +46,7 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="JSON of pytest-benchmark")
+    parser.add_argument("target", help="picture to write")
+    main(**vars(parser.parse_args()))

@@ -115,7 +115,7 @@ def test_memory_bound(versus: Any, device: str, op: str) -> None:
     g = torch.randn(n, t, d, device=device)
     if op == "sq_grad_embedding":
         table, ids = torch.zeros(30_000, d, device=device), torch.randint(30_000, (n, t), device=device)
-        ours, read = (lambda: ops.sq_grad_embedding(table, ids, g)), g.numel() * 4 + 2 * g.numel() * 4
+        ours, read = (lambda: ops.sq_grad_embedding(table, ids, g)), 4 * (g.numel() + 2 * ids.unique().numel() * d)
     elif op == "sq_grad_affine":
         x, out = torch.randn_like(g), torch.zeros(d, device=device)
         ours, read = (lambda: ops.sq_grad_affine(out, x, g, -1)), 2 * g.numel() * 4
@@ -189,7 +189,8 @@ def _opacus(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None] | None
         for module in model.modules():  # its hooks can not stand them
             if isinstance(module, nn.ReLU):
                 module.inplace = False
-        wrapped = GradSampleModule(model.train())  # it records in training mode alone
+        # It records in training mode alone, and multiplies by N what it takes for the gradient of a mean.
+        wrapped = GradSampleModule(model.train(), loss_reduction="sum")
 
     def run() -> None:
         with warnings.catch_warnings():
