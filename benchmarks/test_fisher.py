@@ -174,6 +174,24 @@ def test_fisher_diagonal(versus: Any, device: str, name: str, samples: int) -> N
     versus(lambda: fisher_diagonal(model, [(x, y)]), rounds=3 if large else 7, **peers)
 
 
+@pytest.mark.parametrize("name", ["VGG11", "VGG11-BN", "ViT"])
+def test_a_pass_over_batches(versus: Any, device: str, name: str) -> None:
+    """Eight batches of 16, so that planning is paid once, beside as many plain forward and backward passes."""
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model = build().to(device)
+    batches = [
+        (torch.randn(16, *shape, device=device), torch.randint(10, (16,), device=device)) for _ in range(8)
+    ]  # fmt: skip
+    parameters = list(model.parameters())
+
+    def plain() -> None:
+        for x, y in batches:
+            torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
+
+    versus(lambda: fisher_diagonal(model, batches), plain_backward=plain)
+
+
 def _opacus(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None] | None:
     """The sum of squares of ``grad_sample``; parameters that belong to no layer it knows are frozen, in its favour."""
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
