@@ -37,6 +37,7 @@ def main(source: str, target: str) -> None:
         ticks.append(f"{model}, N = {samples}")
     axes.set_yticks([-i for i in range(len(ticks))], ticks)
     axes.set_xscale("log")
+    axes.set_xlim(left=0.5)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time in plain forward and backward passes (logarithmic)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]

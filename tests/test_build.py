@@ -37,8 +37,11 @@ def test_every_cuda_source_is_in_the_build() -> None:
     assert all(str(source) in listed for source in SOURCES)
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+# Instructions of Hopper's own exist for no other architecture.
+CLAIMED = [(source, a) for source in SOURCES for a in ("80", "90a") if a == "90a" or "wgmma" not in source.stem]
+
+
+@pytest.mark.parametrize(("source", "architecture"), CLAIMED, ids=[f"{source.stem}-{a}" for source, a in CLAIMED])
 def test_compiles_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     result = compile_kernels(source, architecture, tmp_path)
     assert result.returncode == 0, result.stderr
