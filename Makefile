@@ -53,11 +53,13 @@ sanitize: $(VENV)/built
 
 bench: $(VENV)/built
 	mkdir -p out
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-json=out/bench.json
 
-# Uses the Python it finds, not .venv: a GPU machine brings its own torch. Results go to OUT.
+# Uses the Python it finds, not .venv: a GPU machine brings its own torch. Results go to OUT. STAGE=test, bench or
+# sanitize does one part.
 gpu-check:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh
+	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(STAGE)
 
 clean:
 	rm -rf build out $(VENV)/built fastunlearn/_C*.so

@@ -57,7 +57,10 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 #endif
 }
 
-// Arrives at the barrier at this place in block `rank` of the cluster.
+// Arrives at the barrier at this place in block `rank` of the cluster. Orders no ordinary writes
+// for that block: `.release.cluster` is a fence of the whole GPU per arrival, and what barriers
+// hand over here is written by the copy engine and read by the tensor cores, which waits have
+// ended.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t rank) {
 #ifdef FASTUNLEARN_EMULATED
   emulator::mbarrier_arrive(barrier, rank);
@@ -66,7 +69,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t rank
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -87,7 +90,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 
 // Waits until the phase of this parity is complete. Of a fresh barrier the phase before the first
 // one, of parity 1, counts as complete. try_wait suspends the thread for a while by itself, so the
-// loop does not spin. Acquires at the scope of the cluster: the arrivals may be another block's.
+// loop does not spin. Like the arrival it orders no ordinary writes of another block.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef FASTUNLEARN_EMULATED
   emulator::mbarrier_wait(barrier, parity);
@@ -96,7 +99,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "{\n"
       ".reg .pred complete;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
       "@complete bra done;\n"
       "bra again;\n"
       "done:\n"

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     const int thread = threadIdx.x % kWarpgroupThreads;
     auto release = [&](int stage) {
       if (thread % 32 != 0) return;
+#pragma unroll 1
       for (int rank = 0; rank < plan.cluster; ++rank) mbarrier_arrive(&empty[stage], rank);
     };
 
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
             wgmma<Scalar, kTileIn>(product, grads + step * kWgmmaDepthStep,
                                    inputs + step * kWgmmaDepthStep, step > 0 || t > 0);
           }
+          wgmma_commit();  // in each branch: where they join, ptxas would make a group of its own
         } else {
           // Rows past the last position are zero. Those of a started step count nothing; steps of
           // nothing else are left out. The fence in the loop is what ptxas wants between blocks of
@@ -225,8 +227,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
             grads += kWgmmaDepthStep;
             inputs += kWgmmaDepthStep;
           }
+          wgmma_commit();
         }
-        wgmma_commit();
         if (reading >= 0) {  // the tensor cores have this stage's products to do meanwhile
           wgmma_wait<1>();
           release(reading);
