@@ -53,7 +53,7 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
             if (upstream, index) in marked:
                 reached.add((upstream, index))
                 above.add(node)
-            variable = getattr(upstream, "variable", None)
+            variable = _variable(upstream)
             if variable is not None:
                 edges[id(variable)] += 1
                 continue
@@ -74,6 +74,17 @@ _REENTRANT = (
     "the model uses torch.utils.checkpoint with use_reentrant=True, which hides the layers inside from autograd; pass "
     "use_reentrant=False to it"
 )
+
+
+_CHANGED = ("TBackward0", "TransposeBackward0", "ToCopyBackward0", "ViewBackward0")
+
+
+def _variable(node: Node | None) -> Tensor | None:
+    """The parameter that the node brings, transposed, cast or reshaped or not: several nodes may share such a change,
+    and each of them is a use."""
+    while node is not None and type(node).__name__ in _CHANGED:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 def _require_open(node: Node) -> None:
@@ -100,7 +111,7 @@ def edges_between(outputs: Iterable[Node], inputs: Container[Node]) -> set[tuple
         for position, (upstream, _) in enumerate(node.next_functions):
             if upstream is None or upstream in inputs:
                 continue
-            variable = getattr(upstream, "variable", None)
+            variable = _variable(upstream)
             if variable is not None:
                 uses.add((node, position, id(variable)))
             elif upstream not in seen:
@@ -148,6 +159,10 @@ class Taps:
 
     def backward(self, result: Tensor, ends: Iterable[Key], retain_graph: bool = False) -> None:
         """Bring gradients as far as ``ends``, the frontier of a survey: on the way no weight gradient is computed."""
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and len(hooks) > 1:
+                hooks[handle.id] = hooks.pop(handle.id)  # last: after what hooks of the model make of the gradient
         edges: Sequence[GradientEdge] = [self._edges[key] for key in ends]
         self._ends = {self._indices[key] for key in ends}
         torch.autograd.grad(result, edges, retain_graph=retain_graph, allow_unused=True)

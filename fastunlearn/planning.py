@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map_only
 
 from fastunlearn.data import Batch
@@ -43,6 +44,7 @@ from fastunlearn.units import (
 Losses = Callable[[Batch], Tensor]  # one forward pass
 Owner = tuple[str, nn.Module, str]  # a module's name, the module, the parameter's name there
 Records = dict[nn.Module, list[Record]]
+Edge = tuple[Node, int, int]  # a use: node, position, id of the parameter
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ class Plan:
 
 def edges_inside(observed: Observed, module: nn.Module) -> Counter[int]:
     """Uses of parameters between what the module was given and what it returned."""
-    uses = set()
-    for record in observed.records.get(module, []):
-        nodes = [key[0] for key in record.keys if key is not None and key in observed.survey.reached]
-        uses |= edges_between(nodes, record.sources)
+    uses = set[Edge]().union(*(edges_inside_call(observed, record) for record in observed.records.get(module, [])))
     return Counter(parameter for _, _, parameter in uses)
+
+
+def edges_inside_call(observed: Observed, record: Record) -> set[Edge]:
+    """Those between what one call was given and what it returned."""
+    nodes = [key[0] for key in record.keys if key is not None and key in observed.survey.reached]
+    return edges_between(nodes, record.sources)
 
 
 @dataclass(frozen=True)
@@ -491,9 +496,18 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _keeps_apart(search: _Search, unit: Unit) -> bool:
-    """Whether the unit, run again alone, gives each of two samples what it gives them together."""
+    """Whether the unit, run again alone, gives what it gave, and each of two samples what it gives them together."""
     if unit.name not in search.separates:
-        search.separates[unit.name] = all(_apart(search, unit, r) for r in search.two.records[unit.module])
+        records = search.two.records[unit.module]
+        hooked = unit.module._backward_hooks or unit.module._backward_pre_hooks
+        # A call inside another would be counted in both.
+        inner = [edges_inside_call(search.two, record) for record in records]
+        nested = sum(map(len, inner)) != len(set[Edge]().union(*inner))
+        try:
+            separate = not (hooked or nested) and all(_apart(search, unit, record) for record in records)
+        except Exception:
+            separate = False  # the module's own code does not run again; whatever it raises says so
+        search.separates[unit.name] = separate
     return search.separates[unit.name]
 
 
@@ -501,6 +515,16 @@ def _apart(search: _Search, unit: Unit, record: Record) -> bool:
     assert record.call is not None
     given = (record.call.args, record.call.kwargs)
     both = [t.detach() for t in run_again(unit, *given, search.context, graph=False)]
+    if len(both) != len(record.returned):
+        return False
+    for again, (first, version) in zip(both, record.returned, strict=True):
+        if again.shape != first.shape:
+            return False
+        if first._version == version and first.is_floating_point() and first.numel():
+            # Hooks of others, or what its parent set before each call, may change what it gives.
+            limit = 10 * _tolerance(first.dtype) * float(first.abs().max())
+            if not float((again - first).abs().max()) <= limit:
+                return False
     for n in range(2):
         args, kwargs = only_sample(given, unit.input_axes, n)
         alone = run_again(unit, args, kwargs, search.context, graph=False)

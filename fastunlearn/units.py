@@ -274,6 +274,9 @@ def add_one_by_one(
                 ]
                 if not pairs:
                     continue
+                for output, gradient in pairs:
+                    # What was recorded is the whole gradient, also where another output is made of this one.
+                    output.register_hook(partial(_replaced, gradient))  # type: ignore[no-untyped-call]
                 grads = torch.autograd.grad(
                     [o for o, _ in pairs], [p for p, _ in parameters], [g for _, g in pairs], allow_unused=True
                 )
@@ -285,6 +288,10 @@ def add_one_by_one(
         for whole, (_, out) in zip(total, parameters, strict=True):
             if whole is not None:
                 out.addcmul_(whole, whole)
+
+
+def _replaced(by: Tensor, _: Tensor) -> Tensor:
+    return by
 
 
 def add_batched(unit: Unit, records: Sequence[Record], parameters: Parameters, samples: int, context: Context) -> None:

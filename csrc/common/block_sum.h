@@ -1,6 +1,5 @@
-// Long sums in blocks of blocks: a rounding error that grows with 2 kSumBlock + n / kSumBlock^2
-// instead of n, which keeps float32 sums close to torch's cascade for little more than one addition
-// a term.
+// Long sums in blocks: a rounding error that grows with kSumBlock + n / kSumBlock instead of n, for
+// one more addition in kSumBlock.
 #pragma once
 
 #include "common/host_device.h"
@@ -12,21 +11,36 @@ inline constexpr int kSumBlock = 16;
 template <typename T>
 struct BlockSum {
   T total = 0;
-  T blocks = 0;  // of up to kSumBlock blocks
   T block = 0;
   int count = 0;
 
   FASTUNLEARN_HOST_DEVICE void add(T value) {
     block += value;
-    if (++count % kSumBlock != 0) return;
-    blocks += block;
-    block = 0;
-    if (count < kSumBlock * kSumBlock) return;
-    total += blocks;
-    blocks = 0;
-    count = 0;
+    if (++count == kSumBlock) {
+      total += block;
+      block = 0;
+      count = 0;
+    }
   }
-  FASTUNLEARN_HOST_DEVICE T value() const { return total + (blocks + block); }
+  FASTUNLEARN_HOST_DEVICE T value() const { return total + block; }
+};
+
+// Blocks of blocks: 2 kSumBlock + n / kSumBlock^2, where a register more is no matter.
+template <typename T>
+struct LongSum {
+  BlockSum<T> blocks;
+  T block = 0;
+  int count = 0;
+
+  void add(T value) {
+    block += value;
+    if (++count == kSumBlock) {
+      blocks.add(block);
+      block = 0;
+      count = 0;
+    }
+  }
+  T value() const { return blocks.value() + block; }
 };
 
 }  // namespace fastunlearn

@@ -36,7 +36,7 @@ void sample_sums(const Scalar* grad, const Scalar* normalized, const SqGradChann
     return;
   }
   for (int64_t c = begin; c < end; ++c) {
-    BlockSum<CpuAccumulator<Scalar>> sum;
+    LongSum<CpuAccumulator<Scalar>> sum;
     for (int64_t t = 0; t < shape.outer; ++t) {
       const int64_t plane = (t * shape.channels + c) * shape.inner;
       sum.add(sum_plane_cpu(grad + plane, later(plane), shape.inner));
@@ -59,7 +59,7 @@ void sq_grad_channels_cpu(const Tensor& out, const ChannelsDoor& door) {
     const int64_t per_sample = shape.outer * shape.channels * shape.inner;
     torch::stable::parallel_for(0, shape.channels, 16, [&](int64_t begin, int64_t end) {
       std::vector<Acc> blocks(end - begin), sums(end - begin);
-      std::vector<BlockSum<Acc>> squares(end - begin);
+      std::vector<LongSum<Acc>> squares(end - begin);
       for (int64_t n = 0; n < shape.samples; ++n) {
         const int64_t offset = n * per_sample;
         sample_sums(grad + offset, kWithNormalized ? normalized + offset : nullptr, shape, begin,

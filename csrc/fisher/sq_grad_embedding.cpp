@@ -15,7 +15,7 @@
 namespace fastunlearn {
 namespace {
 
-// Sums over many rows of features, in blocks of blocks as in common/block_sum.h.
+// Sums over many rows of features, in blocks of blocks as LongSum.
 template <typename T>
 class RowSum {
  public:
