@@ -39,6 +39,7 @@ from fastunlearn.planning import (
     Observed,
     Plan,
     Probe,
+    Ways,
     full_plan,
     owners_with_rules,
     plan_of_rules,
@@ -176,9 +177,15 @@ def fisher_diagonal(
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.
         ValueError: no batch, a loss that is not one per sample, NaN weights, batch statistics in BatchNorm, samples
-            whose loss depends on their company, reentrant checkpoints, unknown names in ``params``, logits that are not
-            [N, C, ...] where labels are drawn or weighted, no labelled position, or a parameter whose samples can not
-            be told apart.
+            whose loss depends on their company (the last sample of the first batch of several is compared with itself
+            alone, unless the model draws random numbers), reentrant checkpoints, unknown names in ``params``, logits
+            that are not [N, C, ...] where labels are drawn or weighted, no labelled position, complex parameters, hooks
+            on parameters or on all modules, an Embedding with max_norm, inputs written over in place, uses of
+            parameters that change from pass to pass, or a parameter whose samples can not be told apart.
+
+    Taken on trust: where a weight is used several times in a forward pass, entry n of the axis that grows with the
+    batch is sample n in each use. A model that sorts or flips its batch between two uses of a layer is not noticed, nor
+    one that picks rows across samples and happens to pick as many as there are samples.
 
     Cost: one forward and one backward pass without weight gradients, and 2 N T FLOPs per weight in the kernels;
     ``kind="exact"`` takes one backward pass per class, ``sample="token"`` one per position, both C x T, over one graph.
@@ -193,6 +200,8 @@ def fisher_diagonal(
             raise ValueError(f"{what} must be one of {get_args(choices)}, got {given!r}")
     require_separable(model)
     require_finite(model)
+    if torch.nn.modules.module._global_forward_hooks:
+        raise ValueError("forward hooks of all modules are registered, and may change what layers return; remove them")
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     with _eager(), preserved(model), torch.enable_grad():
@@ -212,11 +221,18 @@ def fisher_diagonal(
 def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     if params is None:
-        return {name: p for name, p in named.items() if p.requires_grad}
-    unknown = sorted(set(params) - set(named))
-    if unknown:
-        raise ValueError(f"params names {unknown}, which the model does not have; it has {sorted(named)}")
-    return {name: named[name] for name in params}
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+    else:
+        unknown = sorted(set(params) - set(named))
+        if unknown:
+            raise ValueError(f"params names {unknown}, which the model does not have; it has {sorted(named)}")
+        chosen = {name: named[name] for name in params}
+    for name, parameter in chosen.items():
+        if parameter.is_complex():
+            raise ValueError(f"{name} is complex; the squares of real parameters alone are defined here")
+        if parameter._backward_hooks:
+            raise ValueError(f"{name} has hooks that change its gradient; remove them, or pass params= without it")
+    return chosen
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -258,6 +274,7 @@ class _Work:
         self.sums = {name: zeros_for(p) for name, p in targets.items()}
         self.samples = 0
         self.plan: Plan | None = None
+        self.compared = False  # a sample's loss alone with its loss in company
         self.warned: set[str] = set()
 
     def loss(self, outputs: Any, targets: Any, size: int) -> Tensor:
@@ -271,12 +288,13 @@ class _Work:
 
     def add(self, batch: Batch) -> None:
         """Plan if this is the first batch or one that the plan does not fit, then add the batch's squares."""
-        if self.plan is not None and self._add(batch, list(self.plan.units), self.plan):
+        alone = not self.compared and batch.size > 1
+        one = probe(self.model, self.losses_of, batch, self.device) if alone or self.plan is None else None
+        self.compared |= alone
+        if self.plan is not None and self._add(batch, list(self.plan.units), self.plan, one):
             return
-        one, owners = (
-            probe(self.model, self.losses_of, batch, self.device),
-            ruled_owners(dict(self.model.named_modules())),
-        )
+        one = one or probe(self.model, self.losses_of, batch, self.device)
+        owners = ruled_owners(dict(self.model.named_modules()))
         ruled = owners_with_rules(one, owners, self.targets) if batch.size > 1 else None
         if ruled is not None:
             # The batch itself shows where the samples lie, so that one forward pass serves both.
@@ -284,10 +302,13 @@ class _Work:
             self.plan = self._add(batch, modules, partial(plan_of_rules, one, ruled, self.targets, batch.size), one)
             if self.plan is not None:
                 return
-        self.plan = full_plan(self.model, self.losses_of, batch, one, owners, self.targets, self.autocast)
-        self._warn(self.plan)
-        if not self._add(batch, list(self.plan.units), self.plan, one):
-            raise ValueError(_UNSTEADY)
+        ways: tuple[Ways, ...] = ("all", "originals", "root")
+        for way in ways:
+            plan = full_plan(self.model, self.losses_of, batch, one, owners, self.targets, self.autocast, way)
+            self.plan = self._add(batch, list(plan.units), plan, one)
+            if self.plan is not None:
+                return self._warn(self.plan)
+        raise ValueError(_UNSTEADY)
 
     def _warn(self, plan: Plan) -> None:
         slow = [label for label in plan.slow() if label not in self.warned]
@@ -316,15 +337,23 @@ class _Work:
                     taps.add(value, partial(squares.take, bare.name))
                     substitution.attribute(bare.module, bare.local, value)
             records: dict[nn.Module, list[Record]] = {module: [] for module in modules}
-            on_call: Callable[[Call], None] = lambda c: records[c.module].append(  # noqa: E731
-                Record.of(c, True, taps, squares.arrived)
-            )
+
+            def on_call(call: Call) -> None:
+                records[call.module].append(Record.of(call, True, taps, squares.arrived))
+
             with recording(modules, on_call), self.autocast():
                 for unit in plan.units.values() if isinstance(plan, Plan) else ():
                     if unit.spread is not None:  # ahead of what records
                         per_sample = partial(spread, samples=batch.size, form=unit.spread)
                         stack.callback(substitution.output(unit.module, per_sample))
-                outputs = batch.outputs(self.model)
+                try:
+                    outputs = batch.outputs(self.model)
+                    if isinstance(plan, Plan) and plan.copies:
+                        self.loss(outputs, batch.targets, batch.size)
+                except Exception:
+                    if isinstance(plan, Plan) and plan.copies:
+                        return None  # made for values without samples, whatever it says of those with them
+                    raise
                 if one is not None:
                     with torch.no_grad():
                         require_independent(one, self.loss(outputs, batch.targets, batch.size), batch)
@@ -347,7 +376,7 @@ class _Work:
                 squares.finish()
                 samples += counted
             self.samples += samples
-            return fitting or self.plan
+            return fitting or (plan if isinstance(plan, Plan) else self.plan)
 
     def _running_again(self, substitution: Substitution) -> Callable[[], AbstractContextManager[Any]]:
         @contextmanager

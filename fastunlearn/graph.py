@@ -25,11 +25,13 @@ class Survey:
         edges: id of a parameter -> how many nodes use it.
         reached: the marked tensors that the result depends on.
         frontier: those of them that depend on no other marked tensor.
+        kinds: how many nodes there are of each kind.
     """
 
     edges: Counter[int]
     reached: set[Key]
     frontier: set[Key]
+    kinds: Counter[str]
 
 
 def survey(result: Tensor, marked: Container[Key]) -> Survey:
@@ -39,7 +41,7 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
     users: dict[Node, list[Node]] = defaultdict(list)
     above: set[Node] = set()  # nodes with a marked tensor further upstream
     if not result.requires_grad:
-        return Survey(edges, reached, set())
+        return Survey(edges, reached, set(), Counter())
     root = get_gradient_edge(result)
     if (root.node, root.output_nr) in marked:
         reached.add((root.node, root.output_nr))
@@ -67,7 +69,8 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
             if node not in above:
                 above.add(node)
                 waiting.append(node)
-    return Survey(edges, reached, {key for key in reached if key[0] not in above})
+    kinds = Counter(type(node).__name__ for node in seen)
+    return Survey(edges, reached, {key for key in reached if key[0] not in above}, kinds)
 
 
 _REENTRANT = (

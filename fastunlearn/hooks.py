@@ -125,7 +125,7 @@ def require_finite(model: nn.Module) -> None:
     named = list(model.named_parameters())
     # NaN and Inf never leave a sum, which is read once and waited for once; a sum may also overflow by itself.
     sums = [p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None) for _, p in named]
-    if bool(torch.isfinite(torch.stack([s.to(torch.float64).abs() for s in sums]).sum())):
+    if bool(torch.isfinite(torch.stack([s.abs().to(torch.float64) for s in sums]).sum())):
         return
     for name, parameter in named:
         if not bool(torch.isfinite(parameter).all()):

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from fastunlearn.units import (
 Losses = Callable[[Batch], Tensor]  # one forward pass
 Owner = tuple[str, nn.Module, str]  # a module's name, the module, the parameter's name there
 Records = dict[nn.Module, list[Record]]
+Ways = Literal["all", "originals", "root"]
 Edge = tuple[Node, int, int]  # a use: node, position, id of the parameter
 
 
@@ -55,8 +57,8 @@ class Observed:
     survey: Survey
 
     def reached(self, module: nn.Module) -> int:
-        """Calls of which the loss depends on some output."""
-        return sum(any(key in self.survey.reached for key in r.keys) for r in self.records.get(module, []))
+        """Calls with the module's own parameters of which the loss depends on some output."""
+        return sum(r.own and any(k in self.survey.reached for k in r.keys) for r in self.records.get(module, []))
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,17 @@ class Plan:
     rules: dict[str, list[tuple[Unit, str]]] = field(default_factory=dict)  # the units that use it, its name there
     bare: dict[str, Bare] = field(default_factory=dict)
     fallbacks: dict[str, Fallback] = field(default_factory=dict)  # by the name of the unit
+    kinds: Counter[str] = field(default_factory=Counter)  # of nodes in the first batch's graph
 
     @property
     def units(self) -> dict[nn.Module, Unit]:
         found = {u.module: u for uses in self.rules.values() for u, _ in uses}
         return found | {f.unit.module: f.unit for f in self.fallbacks.values()}
+
+    @property
+    def copies(self) -> bool:
+        """Whether something is spread over the samples."""
+        return bool(self.bare) or any(unit.spread is not None for unit in self.units.values())
 
     def slow(self) -> list[str]:
         """The units that are differentiated sample by sample."""
@@ -82,6 +90,11 @@ class Plan:
         for module, unit in self.units.items():
             if not all(unit.fits(record, samples) for record in observed.records.get(module, [])):
                 return False
+        if self.copies:
+            # What the model does with a copy per sample was tried on one structure alone.
+            if self.kinds and self.kinds != observed.survey.kinds:
+                return False
+            self.kinds.update(observed.survey.kinds if not self.kinds else ())
         edges, accounted = observed.survey.edges, Counter[int]()
         for name, uses in self.rules.items():
             users = [(unit.module, local) for unit, local in uses]
@@ -140,8 +153,9 @@ def observing(model: nn.Module, losses_of: Losses, batch: Batch, keep: bool) -> 
 
 
 def probe(model: nn.Module, losses_of: Losses, batch: Batch, device: torch.device) -> Probe:
+    """Of the last sample: one that sums over those before it show in."""
     before = _random_state(device)
-    with observing(model, losses_of, batch[:1], keep=False) as (observed, losses):
+    with observing(model, losses_of, batch[-1:], keep=False) as (observed, losses):
         losses = losses.detach()
     shapes = {m: [(r.inputs, r.outputs) for r in records] for m, records in observed.records.items()}
     reached = Counter({m: observed.reached(m) for m in observed.records})
@@ -257,6 +271,8 @@ class _Search:
     two: Observed
     modules: dict[str, nn.Module]
     context: Context
+    device: torch.device
+    copies: bool  # whether values without samples may be spread over them
     units: dict[str, Unit | None] = field(default_factory=dict)
     inner: dict[nn.Module, Counter[int]] = field(default_factory=dict)
     tables: dict[nn.Module, Unit | None] = field(default_factory=dict)
@@ -296,17 +312,27 @@ def full_plan(
     owners: Mapping[int, Sequence[Owner]],
     parameters: dict[str, nn.Parameter],
     context: Context,
+    ways: Ways = "all",
 ) -> Plan:
     """The plan of any model, from a pass of two samples; ``context`` is what the model runs in.
+
+    ``ways``: "all"; "originals", without one copy per sample of anything; "root", every parameter on the whole model,
+    one sample after the other, which asks of a model no more than that its samples are independent.
 
     Raises ValueError, by name, for a parameter whose gradient can not be taken per sample.
     """
     pair = batch[:2] if batch.size > 1 else _doubled(batch)
     with observing(model, losses_of, pair, keep=True) as (two, _):
-        search = _Search(one, two, dict(model.named_modules()), context)
+        device = next(iter(parameters.values())).device
+        search = _Search(one, two, dict(model.named_modules()), context, device, copies=ways == "all")
         plan = Plan(parameters)
         remaining: dict[str, tuple[Unit, list[str]]] = {}
         for name, parameter in parameters.items():
+            root = search.unit("") if ways == "root" else None
+            if root is not None and None not in root.output_axes and _keeps_apart(search, root):
+                require_deterministic(root)
+                remaining.setdefault("", (root, []))[1].append(name)
+                continue
             if not search.two.survey.edges[id(parameter)]:
                 continue  # the loss does not depend on it: its squares are zero
             found = owners[id(parameter)]
@@ -315,7 +341,7 @@ def full_plan(
             if uses is not None:
                 plan.rules[name] = uses
                 continue
-            bare = _bare(search, name, parameter, found)
+            bare = _bare(search, name, parameter, found) if ways == "all" else None
             if bare is not None:
                 plan.bare[name] = bare
                 continue
@@ -327,7 +353,8 @@ def full_plan(
                 )
             remaining.setdefault(unit.name, (unit, []))[1].append(name)
         for unit, names in remaining.values():
-            plan.fallbacks[unit.name] = Fallback(unit, names, _can_batch(search, unit, [parameters[n] for n in names]))
+            batched = ways != "root" and _can_batch(search, unit, [parameters[n] for n in names])
+            plan.fallbacks[unit.name] = Fallback(unit, names, batched)
     return plan
 
 
@@ -349,7 +376,7 @@ def _ruled_uses(search: _Search, parameter: nn.Parameter, owners: Sequence[Owner
             continue
         unit = search.unit(name)
         if unit is not None and not any(axis is not None for axis in (*unit.input_axes, *unit.output_axes)):
-            unit = _table(search, unit, parameter, owners)
+            unit = _table(search, unit, parameter, owners) if search.copies else None
         if unit is None:
             return None
         if unit.spread is None and not applies(module, unit.input_axes, unit.output_axes):
@@ -423,7 +450,7 @@ def _spreads(search: _Search, around: Unit, module: nn.Module, local: str | None
             return torch.cat([spread(value, 1, form), spread(other(value), 1, form)])
 
         try:
-            together = _run_with(search, around, double, module, local, both, graph=True)
+            together = _run_with(search, around, double, module, local, both)
         except Exception:
             return False  # the model's own code does not take the substitute; whatever it raises, it says no
         graph = [t.grad_fn for t in together if t.grad_fn is not None]
@@ -443,7 +470,6 @@ def _run_with(
     module: nn.Module,
     local: str | None,
     change: Callable[[Tensor], Tensor],
-    graph: bool = False,
 ) -> list[Tensor]:
     """The unit's outputs with a parameter of ``module``, or what it returns, changed."""
     substitution = Substitution()
@@ -455,7 +481,7 @@ def _run_with(
             original = module._parameters[local]
             assert original is not None
             substitution.attribute(module, local, change(original.detach()))
-        return run_again(unit, *arguments, search.context, graph)
+        return run_again(unit, *arguments, search.context)
 
 
 def _before(
@@ -463,7 +489,7 @@ def _before(
 ) -> list[Tensor]:
     """What the unit returned for the first sample, from the pass of two unless it was written over since."""
     if any(t._version != version for t, version in record.returned):
-        return run_again(unit, *single, search.context, graph=False)
+        return run_again(unit, *single, search.context)
     values = zip(record.returned, unit.output_axes, strict=True)
     return [t if axis is None else t.narrow(axis, 0, 1) for (t, _), axis in values]
 
@@ -512,9 +538,14 @@ def _keeps_apart(search: _Search, unit: Unit) -> bool:
 
 
 def _apart(search: _Search, unit: Unit, record: Record) -> bool:
+    """Whether one call can be repeated, for both samples and for each. With gradients enabled: a forward pass may take
+    some of its own."""
     assert record.call is not None
     given = (record.call.args, record.call.kwargs)
-    both = [t.detach() for t in run_again(unit, *given, search.context, graph=False)]
+    before = _random_state(search.device)
+    both = [t.detach() for t in run_again(unit, *given, search.context)]
+    if not torch.equal(before, _random_state(search.device)):
+        return False  # it draws other numbers than it drew
     if len(both) != len(record.returned):
         return False
     for again, (first, version) in zip(both, record.returned, strict=True):
@@ -527,7 +558,7 @@ def _apart(search: _Search, unit: Unit, record: Record) -> bool:
                 return False
     for n in range(2):
         args, kwargs = only_sample(given, unit.input_axes, n)
-        alone = run_again(unit, args, kwargs, search.context, graph=False)
+        alone = run_again(unit, args, kwargs, search.context)
         if len(alone) != len(both):
             return False
         for together, single, axis in zip(both, alone, unit.output_axes, strict=True):
@@ -566,14 +597,15 @@ def _can_batch(search: _Search, unit: Unit, parameters: Sequence[nn.Parameter]) 
 
 
 def require_independent(one: Probe, losses: Tensor, batch: Batch) -> None:
-    """Raise ValueError when a sample's loss is another in company: then no gradient belongs to one sample."""
-    if one.random or one.losses.shape[1:] != losses.shape[1:]:
+    """Raise ValueError when the last sample's loss is another in company: then no gradient belongs to one sample."""
+    if batch.size == 1 or one.random or one.losses.shape[1:] != losses.shape[1:]:
         return  # nothing to compare
-    error = float((losses.detach()[:1] - one.losses).abs().max())
-    scale = float(one.losses.abs().max()) + float(losses.detach().abs().max())
-    if batch.size > 1 and error > 10 * _tolerance(losses.dtype) * scale and error > 0:
+    together, alone = losses.detach()[-1:], one.losses
+    error = float((together - alone).abs().max())
+    scale = float(alone.abs().max()) + float(losses.detach().abs().max())
+    if error > _tolerance(losses.dtype) * scale:
         raise ValueError(
-            f"the loss of the first sample is {one.losses.flatten()[0].item():.6g} alone and "
-            f"{losses.flatten()[0].item():.6g} in a batch of {batch.size}: samples influence one another, so their "
+            f"the loss of the last sample is {alone.flatten()[0].item():.6g} alone and "
+            f"{together.flatten()[0].item():.6g} in a batch of {batch.size}: samples influence one another, so their "
             "gradients can not be told apart"
         )

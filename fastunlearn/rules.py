@@ -253,7 +253,7 @@ def rule_of(module: nn.Module) -> Rule | None:
     Neither has one whose samples are not independent (``scale_grad_by_freq`` counts over the batch), one that
     can not be run again (dropout in attention while training), and the maximum of an EmbeddingBag.
     """
-    if "forward" in vars(module):
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
         return None
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
         return None

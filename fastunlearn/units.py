@@ -101,6 +101,7 @@ class Record:
     inputs: tuple[torch.Size, ...]
     outputs: tuple[torch.Size, ...]
     sources: set[Node]  # where the tensors given come from
+    own: bool = True  # with its own parameters, not with tensors put in their place as functional_call does
     versions: list[int] = field(default_factory=list)
     keys: list[Key | None] = field(default_factory=list)  # per tensor returned
     grads: list[Tensor | None] = field(default_factory=list)
@@ -127,6 +128,7 @@ class Record:
             tuple(t.shape for t in given),
             tuple(t.shape for t in returned),
             {t.grad_fn for t in given if t.grad_fn is not None},
+            _has_own_parameters(call.module),
             [t._version for t in given],
         )
 
@@ -154,6 +156,13 @@ class Record:
                 f"the input of {unit.name} was written over in place after it was used, so its gradient is lost; "
                 "use the out-of-place operation there"
             )
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    parameters = list(module._parameters.values())
+    if isinstance(module, nn.MultiheadAttention):
+        parameters += module.out_proj._parameters.values()
+    return all(p is None or isinstance(p, nn.Parameter) for p in parameters)
 
 
 # ---- values without samples, one copy per sample ----------------------------------------------------------------
@@ -239,10 +248,10 @@ def map_tensors(values: Any, axes: Sequence[int | None], change: Callable[[Tenso
     return tree_unflatten(leaves, structure)
 
 
-def run_again(unit: Unit, args: Any, kwargs: Any, context: Context = nullcontext, graph: bool = True) -> list[Tensor]:
-    """The unit's output tensors from detached inputs; their ``graph`` ends at its parameters."""
+def run_again(unit: Unit, args: Any, kwargs: Any, context: Context = nullcontext) -> list[Tensor]:
+    """The unit's output tensors from detached inputs; their graph ends at its parameters."""
     args, kwargs = map_tensors((args, kwargs), unit.input_axes, lambda t, _: t.detach())
-    with torch.set_grad_enabled(graph), context():
+    with torch.enable_grad(), context():
         return tensors_of(unit.module(*args, **kwargs))
 
 
