@@ -277,6 +277,7 @@ class _Search:
     inner: dict[nn.Module, Counter[int]] = field(default_factory=dict)
     tables: dict[nn.Module, Unit | None] = field(default_factory=dict)
     separates: dict[str, bool] = field(default_factory=dict)
+    error: Exception | None = None  # of a module that did not run again, the cause if none does
 
     def unit(self, name: str) -> Unit | None:
         if name not in self.units:
@@ -350,7 +351,7 @@ def full_plan(
                 raise ValueError(
                     f"the gradient of {name} can not be taken per sample: no module around it keeps the samples on an "
                     "axis of their own; pass params= without it"
-                )
+                ) from search.error
             remaining.setdefault(unit.name, (unit, []))[1].append(name)
         for unit, names in remaining.values():
             batched = ways != "root" and _can_batch(search, unit, [parameters[n] for n in names])
@@ -531,8 +532,8 @@ def _keeps_apart(search: _Search, unit: Unit) -> bool:
         nested = sum(map(len, inner)) != len(set[Edge]().union(*inner))
         try:
             separate = not (hooked or nested) and all(_apart(search, unit, record) for record in records)
-        except Exception:
-            separate = False  # the module's own code does not run again; whatever it raises says so
+        except Exception as error:  # the module's own code does not run again; whatever it raises says so
+            separate, search.error = False, error
         search.separates[unit.name] = separate
     return search.separates[unit.name]
 

@@ -14,34 +14,30 @@
 namespace fastunlearn {
 namespace {
 
-// One sample's sums over positions for channels [begin, end), in a fixed order and in blocks of
-// blocks, which keep the rounding error down. `blocks` is scratch of the same size.
+// One sample's sums over positions for channels [begin, end), in a fixed order and in blocks, whose
+// totals are doubles. `block` is scratch of the same size.
 template <typename Scalar>
 void sample_sums(const Scalar* grad, const Scalar* normalized, const SqGradChannelsShape& shape,
-                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* blocks,
-                 CpuAccumulator<Scalar>* sums) {
+                 int64_t begin, int64_t end, CpuAccumulator<Scalar>* block, double* sums) {
   auto later = [&](int64_t offset) { return normalized ? normalized + offset : nullptr; };
   if (shape.inner == 1) {
-    std::fill(sums, sums + (end - begin), CpuAccumulator<Scalar>(0));
-    for (int64_t first = 0; first < shape.outer;) {
-      const int64_t last = std::min(shape.outer, first + kSumBlock * kSumBlock);
-      std::fill(blocks, blocks + (end - begin), CpuAccumulator<Scalar>(0));
-      for (; first < last; first += kSumBlock) {
-        const int rows = static_cast<int>(std::min<int64_t>(kSumBlock, last - first));
-        const int64_t at = first * shape.channels + begin;
-        sum_rows_cpu(grad + at, later(at), rows, shape.channels, end - begin, blocks);
-      }
-      for (int64_t c = 0; c < end - begin; ++c) sums[c] += blocks[c];
+    std::fill(sums, sums + (end - begin), 0.0);
+    for (int64_t first = 0; first < shape.outer; first += kSumBlock) {
+      const int rows = static_cast<int>(std::min<int64_t>(kSumBlock, shape.outer - first));
+      const int64_t at = first * shape.channels + begin;
+      std::fill(block, block + (end - begin), CpuAccumulator<Scalar>(0));
+      sum_rows_cpu(grad + at, later(at), rows, shape.channels, end - begin, block);
+      for (int64_t c = 0; c < end - begin; ++c) sums[c] += block[c];
     }
     return;
   }
   for (int64_t c = begin; c < end; ++c) {
-    LongSum<CpuAccumulator<Scalar>> sum;
+    double sum = 0;
     for (int64_t t = 0; t < shape.outer; ++t) {
       const int64_t plane = (t * shape.channels + c) * shape.inner;
-      sum.add(sum_plane_cpu(grad + plane, later(plane), shape.inner));
+      sum += sum_plane_cpu(grad + plane, later(plane), shape.inner);
     }
-    sums[c - begin] = sum.value();
+    sums[c - begin] = sum;
   }
 }
 
@@ -58,13 +54,15 @@ void sq_grad_channels_cpu(const Tensor& out, const ChannelsDoor& door) {
     Acc* result = static_cast<Acc*>(out.mutable_data_ptr());
     const int64_t per_sample = shape.outer * shape.channels * shape.inner;
     torch::stable::parallel_for(0, shape.channels, 16, [&](int64_t begin, int64_t end) {
-      std::vector<Acc> blocks(end - begin), sums(end - begin);
+      std::vector<Acc> block(end - begin);
+      std::vector<double> sums(end - begin);
       std::vector<LongSum<Acc>> squares(end - begin);
       for (int64_t n = 0; n < shape.samples; ++n) {
         const int64_t offset = n * per_sample;
         sample_sums(grad + offset, kWithNormalized ? normalized + offset : nullptr, shape, begin,
-                    end, blocks.data(), sums.data());
-        for (size_t c = 0; c < sums.size(); ++c) squares[c].add(sums[c] * sums[c]);
+                    end, block.data(), sums.data());
+        for (size_t c = 0; c < sums.size(); ++c)
+          squares[c].add(static_cast<Acc>(sums[c] * sums[c]));
       }
       for (int64_t c = begin; c < end; ++c) result[c] += squares[c - begin].value();
     });

@@ -15,40 +15,38 @@
 namespace fastunlearn {
 namespace {
 
-// Sums over many rows of features, in blocks of blocks as LongSum.
+// Sums over many rows of features, in blocks with totals in double, as LongSum.
 template <typename T>
 class RowSum {
  public:
-  explicit RowSum(int64_t features) : total_(features), blocks_(features), block_(features) {}
+  explicit RowSum(int64_t features) : total_(features), block_(features) {}
 
   // term(d) is what feature d grows by.
   template <typename Term>
   void add(const Term& term) {
     T* const block = block_.data();
     for (size_t d = 0; d < block_.size(); ++d) block[d] += term(d);
-    if (++count_ % kSumBlock != 0) return;
-    move(block_, blocks_);
-    if (count_ % (kSumBlock * kSumBlock) == 0) move(blocks_, total_);
+    if (++count_ % kSumBlock == 0) end_block();
   }
   // The sums; add() may go on.
-  const T* value() {
-    move(block_, blocks_);
-    move(blocks_, total_);
+  const double* value() {
+    end_block();
     return total_.data();
   }
   void clear() {
-    for (std::vector<T>* sums : {&total_, &blocks_, &block_})
-      std::fill(sums->begin(), sums->end(), T(0));
+    std::fill(total_.begin(), total_.end(), 0.0);
+    std::fill(block_.begin(), block_.end(), T(0));
     count_ = 0;
   }
 
  private:
-  static void move(std::vector<T>& from, std::vector<T>& to) {
-    for (size_t d = 0; d < from.size(); ++d) to[d] += from[d];
-    std::fill(from.begin(), from.end(), T(0));
+  void end_block() {
+    for (size_t d = 0; d < block_.size(); ++d) total_[d] += block_[d];
+    std::fill(block_.begin(), block_.end(), T(0));
   }
 
-  std::vector<T> total_, blocks_, block_;
+  std::vector<double> total_;
+  std::vector<T> block_;
   int64_t count_ = 0;
 };
 
@@ -79,11 +77,11 @@ void add_segment(const SqGradEmbeddingParams& params, int64_t place,
       const Scalar* grad = grads + at * shape.features;
       sum.add([&](size_t d) { return widen(grad[d]); });
     }
-    const Acc* gradient = sum.value();
-    squares.add([&](size_t d) { return gradient[d] * gradient[d]; });
+    const double* gradient = sum.value();
+    squares.add([&](size_t d) { return static_cast<Acc>(gradient[d] * gradient[d]); });
   }
-  const Acc* total = squares.value();
-  for (int64_t d = 0; d < shape.features; ++d) row[d] += total[d];
+  const double* total = squares.value();
+  for (int64_t d = 0; d < shape.features; ++d) row[d] += static_cast<Acc>(total[d]);
 }
 
 void sq_grad_embedding_cpu(const Tensor& out, const Tensor& indices, const Tensor& grad_output,
