@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "codec/codec_scores.h"
 #include "fisher/sq_grad_channels.h"
 #include "fisher/sq_grad_cpu_plan.h"
 #include "fisher/sq_grad_tile.h"
@@ -104,6 +105,14 @@ py::dict plan_jacobi(int64_t size, int64_t element_bytes, bool with_rotation,
   return py::dict("warps"_a = plan.warps, "shared_bytes"_a = plan.shared_bytes);
 }
 
+py::dict plan_line(int64_t rows, int64_t candidates, int64_t element_bytes, int64_t multiprocessors,
+                   int64_t max_shared_bytes) {
+  const auto plan =
+      fastunlearn::plan_line(rows, candidates, element_bytes, multiprocessors, max_shared_bytes);
+  return py::dict("padded"_a = plan.padded, "blocks"_a = plan.blocks,
+                  "shared_bytes"_a = plan.shared_bytes, "workspace_bytes"_a = plan.workspace_bytes);
+}
+
 py::tuple tournament_pair(int32_t round, int32_t index, int32_t players) {
   const auto pair = fastunlearn::tournament_pair(round, index, players);
   return py::make_tuple(pair.first, pair.second);
@@ -136,6 +145,8 @@ PYBIND11_MODULE(_C, m) {
         "Launches of grouped_mm_ and sketch_ over (rows, depth, columns).");
   m.def("plan_jacobi", &plan_jacobi, "size"_a, "element_bytes"_a, "with_rotation"_a,
         "max_shared_bytes"_a, "Warps and shared memory of orthogonal_rows_.");
+  m.def("plan_line", &plan_line, "rows"_a, "candidates"_a, "element_bytes"_a, "multiprocessors"_a,
+        "max_shared_bytes"_a, "Where codec_scores sorts a feature, and how many blocks do.");
   m.def("tournament_pair", &tournament_pair, "round"_a, "index"_a, "players"_a,
         "The rows that orthogonal_rows_ rotates together.");
 }

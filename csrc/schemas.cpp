@@ -61,4 +61,14 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
   m.def(
       "gram_accumulate_conv2d_(Tensor(a!) gram, Tensor images, int[2] kernel_size, int[2] stride, "
       "int[2] padding, int[2] dilation, Tensor? weights=None) -> ()");
+  // scores[p] = T(Y, feature | chosen) with the nearest neighbours at distances[i, j] +
+  // (x_i - x_j)^2; without distances T(Y, feature). rank_terms [2, n]: R_i, and min(R_i, R_N(i)) or
+  // L_i; -inf for features that are no candidates.
+  m.def(
+      "codec_scores_(Tensor(a!) scores, Tensor features, Tensor rank_terms, Tensor? distances, "
+      "Tensor candidates) -> ()");
+  // distances[i, j] += (column_i - column_j)^2; rank_terms[1, i] = min(R_i, R_N(i)) of the nearest.
+  m.def("codec_choose_(Tensor(a!) distances, Tensor(b!) rank_terms, Tensor column) -> ()");
+  // values[i, j] += scales[j] * standard normal number of (seed, i, j).
+  m.def("add_column_noise_(Tensor(a!) values, Tensor scales, int seed) -> ()");
 }

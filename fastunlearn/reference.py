@@ -316,3 +316,39 @@ def codec(response: Tensor, z: Tensor, given: Tensor | None = None) -> float:
         numerator = (torch.minimum(rank, rank[neighbour(torch.cat([x, z], 1))]) - closest).sum()
         denominator = (rank - closest).sum()
     return float(numerator / denominator) if denominator != 0 else 0.0
+
+
+def codec_scores(
+    features: Tensor, rank_terms: Tensor, distances: Tensor | None = None, candidates: Tensor | None = None
+) -> Tensor:
+    """T(Y, feature | chosen) of every candidate, all pairwise distances written out; see ``ops.codec_scores``."""
+    n, p = features.shape
+    rank, base = rank_terms.long()
+    chosen = torch.zeros(n, n, dtype=features.dtype, device=features.device) if distances is None else distances
+    if distances is None:
+        scale, offset, denominator = n, base.square().sum(), (base * (n - base)).sum()
+    else:
+        scale, offset, denominator = 1, base.sum(), (rank - base).sum()
+    scores = torch.full((p,), -torch.inf, dtype=torch.float64, device=features.device)
+    for c in range(p):
+        if candidates is None or candidates[c]:
+            joined = chosen + (features[:, None, c] - features[None, :, c]).square()
+            total = torch.minimum(rank, _rank_of_nearest(rank, joined)).sum()
+            scores[c] = (scale * total - offset).double() / denominator if denominator else 0.0
+    return scores
+
+
+def codec_choose_(distances: Tensor, rank_terms: Tensor, column: Tensor) -> Tensor:
+    """One more feature joins the chosen ones; see ``ops.codec_choose_``."""
+    distances += (column[:, None] - column[None, :]).square()
+    rank = rank_terms[0].long()
+    rank_terms[1] = torch.minimum(rank, _rank_of_nearest(rank, distances))
+    return distances
+
+
+def _rank_of_nearest(rank: Tensor, distances: Tensor) -> Tensor:
+    """The rank of the nearest other row, the lowest of equals; 0 where none is at a finite distance."""
+    # NaN is no distance; argmin returns the first of equals.
+    far = torch.where(distances < torch.inf, distances, torch.inf).fill_diagonal_(torch.inf)
+    nearest = far.argmin(1)
+    return torch.where(far.gather(1, nearest[:, None])[:, 0] < torch.inf, rank[nearest], 0)

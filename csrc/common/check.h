@@ -58,6 +58,11 @@ inline bool is_storage_type(ScalarType type) {
          type == ScalarType::Double;
 }
 
+// What needs no wider sums: float32 or float64.
+inline bool is_real(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
+}
+
 // What sums of `type` are kept in: fp32 for everything up to fp32, float64 for itself.
 inline ScalarType accumulator_of(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -6,26 +6,25 @@
 // bit.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "common/bits.h"
 
 namespace fastunlearn {
 
 // Sums and products below must not be contracted by the compiler: each is written as it is rounded.
 #ifdef __CUDA_ARCH__
 FASTUNLEARN_HOST_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FASTUNLEARN_HOST_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
 FASTUNLEARN_HOST_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
 FASTUNLEARN_HOST_DEVICE float root(float a) { return __fsqrt_rn(a); }
-FASTUNLEARN_HOST_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
-FASTUNLEARN_HOST_DEVICE uint32_t bits_of_float(float a) { return __float_as_uint(a); }
 #else
 FASTUNLEARN_HOST_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FASTUNLEARN_HOST_DEVICE double fused(double a, double b, double c) {
+  return __builtin_fma(a, b, c);
+}
 FASTUNLEARN_HOST_DEVICE float times(float a, float b) { return a * b; }
 FASTUNLEARN_HOST_DEVICE float root(float a) { return __builtin_sqrtf(a); }
-FASTUNLEARN_HOST_DEVICE float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
-FASTUNLEARN_HOST_DEVICE uint32_t bits_of_float(float a) { return std::bit_cast<uint32_t>(a); }
 #endif
 
 struct PhiloxWords {
@@ -60,12 +59,12 @@ FASTUNLEARN_HOST_DEVICE NormalPair normal_pair(uint32_t radius_word, uint32_t an
   // ln u of u = (24 bits + 1/2) 2^-24, as mantissa in [sqrt(1/2), sqrt(2)) and exponent (Cephes
   // logf).
   const float u = times(fused(static_cast<float>(radius_word >> 8), 1.0f, 0.5f), 0x1p-24f);
-  const uint32_t bits = bits_of_float(u);
+  const uint32_t bits = bits_of(u);
   // Adding the distance from sqrt(1/2) to 1 carries into the exponent where the mantissa is above
   // sqrt(2).
   const uint32_t shifted = bits + (0x3f800000u - 0x3f3504f3u);
   const float exponent = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
-  const float f = fused(float_of_bits((shifted & 0x007fffffu) + 0x3f3504f3u), 1.0f, -1.0f);
+  const float f = fused(number_of((shifted & 0x007fffffu) + 0x3f3504f3u), 1.0f, -1.0f);
   const float f2 = times(f, f);
   float p = 7.0376836292e-2f;
   p = fused(p, f, -1.1514610310e-1f);

@@ -10,10 +10,6 @@
 
 namespace fastunlearn {
 
-inline bool is_real(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;
-}
-
 // Products out_i = op(a_i) b_i; without b the sketch of the normal matrices of `seeds`.
 struct GroupedDoor {
   std::vector<Tensor> a, b;
