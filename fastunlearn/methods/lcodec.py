@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from fastunlearn.codec import foci, unit_activations
+from fastunlearn.activations import unit_activations
+from fastunlearn.codec import foci
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read, require_batches
 from fastunlearn.hooks import device_of, preserved, require_finite, require_separable, restored_on_error
 from fastunlearn.outcome import Outcome, track
