@@ -1,4 +1,4 @@
-"""Conditional dependence of a response on features (CODEC), and the greedy selection built on it (FOCI).
+"""Conditional dependence of a response on features (CODEC) and the greedy selection built on it (FOCI).
 
 Sources: Azadkia & Chatterjee, "A simple measure of conditional dependence", Annals of Statistics 2021 (CODEC,
 FOCI); Mehta, Pal, Singh & Ravi, "Deep Unlearning via Randomized Conditionally Independent Hessians", CVPR
@@ -9,23 +9,24 @@ M(i) the nearest neighbours of row i in X and in (X, Z):
     T(Y, Z | X) = sum(min(R_i, R_M(i)) - min(R_i, R_N(i))) / sum(R_i - min(R_i, R_N(i)))
 
 Squared distances add up over features, so a round of FOCI needs only the distances over the chosen features
-and one fused multiply-add per pair of rows and candidate.
+and one fused multiply-add per pair of rows and candidate: ``fastunlearn.ops.codec_scores``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastunlearn import ops
+
 # Rows of pairwise distances worked on at once: 2^20 of them stay within the caches of a CPU core pair.
 _BLOCK = 1 << 20
-# Features tried at once, and lengths of the lists of nearest rows tried before a full scan.
-_CHUNK = 32
-_LISTS = (32, 256)
+# n^3 has to fit an int64, n^2 an int32: the operators' limit.
+_MOST_ROWS = 46_340
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,29 @@ def codec(response: Any, z: Any, given: Any | None = None) -> float:
         ValueError: fewer than 2 rows, different numbers of rows, or NaN or Inf (the column is named).
         TypeError: complex or non-numeric input.
 
-    Cost: n^2 (q + k) multiply-adds, distances in float32 where all features are, else float64; O(n) memory
-    and one block of 2^20 distances. Source: Azadkia & Chatterjee 2021.
+    Cost: n log n for one column of Z alone, else n^2 (q + k) multiply-adds; distances in float32 where all features
+    are, else float64; O(n) memory and one block of 2^20 distances. Source: Azadkia & Chatterjee 2021.
     """
     z_columns = _columns(z, "z")
     y = _response(response, len(z_columns), z_columns.device)
     rank, above = _ranks(y)
-    if given is None:
-        return _unconditional(rank, above, _neighbours(z_columns)[None])[0]
-    x_columns = _columns(given, "given").to(z_columns.device)
-    if len(x_columns) != len(z_columns):
-        raise ValueError(f"z has {len(z_columns)} rows and given has {len(x_columns)}; one row per sample in both")
-    if x_columns.shape[1] == 0:
-        return _unconditional(rank, above, _neighbours(z_columns)[None])[0]
-    dtype = torch.promote_types(z_columns.dtype, x_columns.dtype)
-    both = torch.cat([x_columns.to(dtype), z_columns.to(dtype)], 1)
-    closest = torch.minimum(rank, rank[_neighbours(x_columns)])
-    return _conditional(rank, closest, _neighbours(both)[None])[0]
+    x_columns = z_columns[:, :0] if given is None else _columns(given, "given").to(z_columns.device)
+    n = len(z_columns)
+    if len(x_columns) != n:
+        raise ValueError(f"z has {n} rows and given has {len(x_columns)}; one row per sample in both")
+    # Integers throughout, so that the sums are exact up to n = 2e6 rows.
+    if x_columns.shape[1]:
+        dtype = torch.promote_types(z_columns.dtype, x_columns.dtype)
+        both = torch.cat([x_columns.to(dtype), z_columns.to(dtype)], 1)
+        closest = torch.minimum(rank, rank[_neighbours(x_columns)])
+        numerator = (torch.minimum(rank, rank[_neighbours(both)]) - closest).sum()
+        denominator = (rank - closest).sum()
+    elif z_columns.shape[1] == 1 and n <= _MOST_ROWS:
+        return float(ops.codec_scores(z_columns, torch.stack([rank, above]).int()))
+    else:
+        numerator = (n * torch.minimum(rank, rank[_neighbours(z_columns)]) - above.square()).sum()
+        denominator = (above * (n - above)).sum()
+    return int(numerator) / int(denominator) if denominator else 0.0
 
 
 def foci(
@@ -92,70 +99,67 @@ def foci(
         early_stop: stop when the best T is 0 or less; otherwise go on to ``max_features``.
         noise: standard deviation of Gaussian noise added to each column, as a share of the column's own
             standard deviation; breaks ties at random instead of by row index.
-        seed: of that noise.
+        seed: of that noise, which is counter-based: the same on every device.
         max_features: how many to choose at most; all by default.
 
     Returns:
         :class:`Foci`; its first score is the unconditional T(Y, feature).
 
     Raises:
-        ValueError: fewer than 2 rows, different numbers of rows, NaN or Inf (the column is named),
-            ``noise`` < 0 or not finite, ``max_features`` < 0.
+        ValueError: fewer than 2 rows or more than 46,340, different numbers of rows, NaN or Inf (the column is
+            named), ``noise`` < 0 or not finite, ``max_features`` < 0.
         TypeError: complex or non-numeric input.
 
-    Cost: per feature chosen at most n^2 p multiply-adds, n p log n for the first; most rows settle among
-    their 256 nearest. n^2 + 2^20 distances held.
-    Source: Azadkia & Chatterjee 2021, section 5; Mehta et al. 2022 for the noise.
+    Cost: n p log n for the first feature; n^2 p fused multiply-adds for each further one on CUDA, and about
+    n^1.5 p on a CPU, where most rows settle among their sqrt(13 n) nearest. n^2 distances are held. On CUDA one
+    copy of two numbers to the host per feature. Source: Azadkia & Chatterjee 2021, section 5; Mehta et al. 2022
+    for the noise.
     """
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise must be a finite number of 0 or more, got {noise}")
     if max_features is not None and max_features < 0:
         raise ValueError(f"max_features must be 0 or more, or None for all, got {max_features}")
     x = _columns(features, "features")
-    y = _response(response, len(x), x.device)
     n, p = x.shape
-    candidates = [j for j in range(p) if bool((x[:, j] != x[0, j]).any())]
-    if noise:
-        generator = torch.Generator().manual_seed(seed)
+    if n > _MOST_ROWS:
+        raise ValueError(f"features has {n} rows; all their distances are held, so at most {_MOST_ROWS} are accepted")
+    y = _response(response, n, x.device)
+    candidates = (x != x[:1]).any(0)
+    if noise and p:
         # Centred first: beside a large mean, a float32 column would round the noise away.
-        x = x - x.mean(0)
-        draws = torch.randn(n, p, generator=generator, dtype=x.dtype).to(x.device)
-        x = x + noise * x.std(0, correction=0) * draws
-    columns = x.T.contiguous()  # [p, n]: a feature is read as a whole
-    rank, above = _ranks(y)
-    distance = torch.zeros(n, n, dtype=x.dtype, device=x.device)
-    distance.fill_diagonal_(torch.inf)
+        x = (x - x.mean(0)).contiguous()
+        ops.add_column_noise_(x, noise * x.std(0, correction=0), seed)
+    x = x.contiguous()  # once, not in every round
+    terms = torch.stack(_ranks(y)).int()
+    distances: Tensor | None = None
     chosen = Foci([], [])
-    limit = len(candidates) if max_features is None else min(max_features, len(candidates))
-    closest: Tensor | None = None  # min(R_i, R_N(i)) over the chosen features
+    limit = p if max_features is None else min(max_features, p)
     while len(chosen.indices) < limit:
-        scan = _Nearest(distance) if chosen.indices else None
-        best, score, best_neighbours = -1, -float("inf"), rank
-        for start in range(0, len(candidates), _CHUNK):
-            part = candidates[start : start + _CHUNK]
-            neighbours = _nearest_on_lines(columns[part]) if scan is None else scan.joined_by(columns[part])
-            if closest is None:
-                values = _unconditional(rank, above, neighbours)
-            else:
-                values = _conditional(rank, closest, neighbours)
-            top = max(range(len(part)), key=values.__getitem__)  # the first of equals
-            if values[top] > score:
-                best, score, best_neighbours = part[top], values[top], neighbours[top]
-        if early_stop and score <= 0:
+        scores = ops.codec_scores(x, terms, distances, candidates)
+        best = scores.argmax(0, keepdim=True)  # the first of equals
+        score, column = torch.cat([scores[best], best.double()]).tolist()
+        if score == -float("inf") or (early_stop and score <= 0):
             break
-        chosen.indices.append(best)
+        chosen.indices.append(int(column))
         chosen.scores.append(score)
-        candidates.remove(best)
-        closest = torch.minimum(rank, rank[best_neighbours])
-        for start in range(0, n, _CHUNK):
-            rows = columns[best, start : start + _CHUNK, None] - columns[best]
-            distance[start : start + _CHUNK].addcmul_(rows, rows)
+        if len(chosen.indices) == limit:
+            break
+        candidates[best] = False
+        if distances is None:
+            distances = x.new_zeros(n, n)
+        ops.codec_choose_(distances, terms, x[:, best].flatten())
     return chosen
+
+
+def _tensor(values: Any) -> Tensor:
+    if isinstance(values, np.ndarray):  # torch takes neither negative strides nor read-only memory
+        values = np.require(values, requirements=["C", "W"])
+    return torch.as_tensor(values).detach()
 
 
 def _columns(values: Any, name: str) -> Tensor:
     """values as [n, columns] in float32 or float64, every column finite."""
-    columns = torch.as_tensor(values).detach()
+    columns = _tensor(values)
     if columns.is_complex():
         raise TypeError(f"{name} must be real, got {columns.dtype}")
     if columns.dim() not in (1, 2):
@@ -176,7 +180,7 @@ def _columns(values: Any, name: str) -> Tensor:
 
 def _response(values: Any, rows: int, device: torch.device) -> Tensor:
     """Y as [n] in its own precision: ranks must not depend on any rounding of ours."""
-    y = torch.as_tensor(values).detach().to(device)
+    y = _tensor(values).to(device)
     if y.is_complex():
         raise TypeError(f"response must be real, got {y.dtype}")
     if y.dim() == 0 or y.numel() != len(y):
@@ -194,22 +198,6 @@ def _ranks(y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(ordered, y, right=True), len(y) - torch.searchsorted(ordered, y)
 
 
-def _unconditional(rank: Tensor, above: Tensor, neighbours: Tensor) -> list[float]:
-    """T(Y, Z) for every row of ``neighbours`` [c, n]."""
-    # Integers throughout, so the sums are exact up to n = 2e6 rows.
-    n = len(rank)
-    denominator = int((above * (n - above)).sum())
-    numerators = (n * torch.minimum(rank, rank[neighbours]) - above.square()).sum(1).tolist()
-    return [numerator / denominator if denominator else 0.0 for numerator in numerators]
-
-
-def _conditional(rank: Tensor, closest: Tensor, neighbours: Tensor) -> list[float]:
-    """T(Y, Z | X) for every row of ``neighbours`` [c, n]; ``closest`` is min(R_i, R_N(i))."""
-    denominator = int((rank - closest).sum())
-    numerators = (torch.minimum(rank, rank[neighbours]) - closest).sum(1).tolist()
-    return [numerator / denominator if denominator else 0.0 for numerator in numerators]
-
-
 def _neighbours(columns: Tensor) -> Tensor:
     """Nearest other row of every row of [n, q], the lowest index among equals; in blocks, never n x n."""
     n = len(columns)
@@ -223,79 +211,3 @@ def _neighbours(columns: Tensor) -> Tensor:
             distance += (rows[:, j, None] - columns[None, :, j]).square_()
         nearest.append(distance.argmin(1))
     return torch.cat(nearest)
-
-
-def _nearest_on_lines(columns: Tensor) -> Tensor:
-    """Nearest other row by one feature alone, for every feature of [c, n]; ties go to the lowest index.
-
-    Neighbours on a line are adjacent in sorted order: n log n instead of n^2. Columns with equal values take
-    the general path, where ties are broken.
-    """
-    count = len(columns)
-    values, order = columns.sort(1)
-    gap = values.diff(dim=1).square()  # [c, n - 1], of sorted neighbours
-    end = gap.new_full((count, 1), torch.inf)
-    left, right = torch.cat([end, gap], 1), torch.cat([gap, end], 1)
-    before, after = order.roll(1, 1), order.roll(-1, 1)
-    take_left = (left < right) | ((left == right) & (before < after))
-    nearest = torch.empty_like(order).scatter_(1, order, torch.where(take_left, before, after))
-    for j in (gap == 0).any(1).nonzero().flatten().tolist():
-        nearest[j] = _neighbours(columns[j, :, None])
-    return nearest
-
-
-class _Nearest:
-    """Nearest rows once one more feature joins those behind ``distance`` [n, n] (its diagonal infinite).
-
-    A new feature only adds distance. So if the best of a row's k nearest is, with the feature, still closer
-    than the k-th was without, no row outside those k can beat or equal it. Short lists settle most rows,
-    longer ones most of the rest, and only what then remains is scanned in full. The answer is exactly the
-    full scan's.
-    """
-
-    def __init__(self, distance: Tensor) -> None:
-        self.distance = distance
-        n = len(distance)
-        self.lists: list[tuple[Tensor, Tensor, Tensor]] = []
-        lengths = [k for k in _LISTS if k < n // 2]
-        if lengths:
-            near, index = distance.topk(lengths[-1], 1, largest=False, sorted=True)
-            for k in lengths:
-                # In order of index, because argmin returns the first of equals.
-                ordered, position = index[:, :k].sort(1)
-                self.lists.append((ordered, near[:, :k].gather(1, position), near[:, k - 1]))
-
-    def joined_by(self, columns: Tensor) -> Tensor:
-        """[c, n]: the nearest neighbours with each of the features [c, n] joined alone."""
-        count, n = columns.shape
-        nearest = torch.empty(count, n, dtype=torch.int64, device=columns.device)
-        feature, row = (
-            t.flatten()
-            for t in torch.meshgrid(
-                torch.arange(count, device=columns.device),
-                torch.arange(n, device=columns.device),
-                indexing="ij",
-            )
-        )
-        for index, near, radius in self.lists:
-            left = []
-            for f, r in self._blocks(feature, row, index.shape[1]):
-                others = index[r]
-                difference = columns[f[:, None], others] - columns[f, r, None]
-                joined = torch.addcmul(near[r], difference, difference)
-                best = joined.argmin(1, keepdim=True)
-                nearest[f, r] = others.gather(1, best)[:, 0]
-                left.append(joined.gather(1, best)[:, 0] >= radius[r])
-            unsettled = torch.cat(left)
-            feature, row = feature[unsettled], row[unsettled]
-            if not len(row):
-                return nearest
-        for f, r in self._blocks(feature, row, n):
-            difference = columns[f] - columns[f, r, None]
-            nearest[f, r] = torch.addcmul(self.distance[r], difference, difference).argmin(1)
-        return nearest
-
-    @staticmethod
-    def _blocks(feature: Tensor, row: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = max(1, _BLOCK // width)
-        yield from zip(torch.split(feature, size), torch.split(row, size), strict=True)

@@ -123,6 +123,25 @@ def test_numpy_and_torch_give_the_same() -> None:
     assert isinstance(codec(np.arange(5), np.arange(5)), float)
 
 
+def test_views_give_the_same_as_copies() -> None:
+    x = draw(60, 5)
+    y = x[:, 1] * x[:, 3]
+    array = np.array(x)
+    for noise in (0.0, 0.1):
+        expected = foci(x, y, noise=noise, early_stop=False)
+        assert foci(x.T.contiguous().T, y, noise=noise, early_stop=False) == expected
+        backwards = np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1]
+        assert foci(backwards, np.array(y)[::-1].copy()[::-1], noise=noise, early_stop=False) == expected
+    array.flags.writeable = False
+    assert foci(array, y) == foci(x, y)
+
+
+def test_more_rows_than_the_operators_take_are_refused_by_foci() -> None:
+    x = torch.arange(46_341.0)
+    with pytest.raises(ValueError, match="46341 rows.*at most 46340"):
+        foci(x, x)
+
+
 def test_only_the_ranks_of_the_response_matter() -> None:
     x = draw(200, 4)
     y = x[:, 0] + x[:, 1]
