@@ -24,9 +24,7 @@ def sklearn_foci(features: Tensor, response: Tensor, max_features: int) -> list[
     return _greedy(features, response, max_features, _sklearn_neighbours)
 
 
-def _greedy(
-    features: Tensor, response: Tensor, max_features: int, neighbours: Callable[[Tensor], Tensor]
-) -> list[int]:
+def _greedy(features: Tensor, response: Tensor, max_features: int, neighbours: Callable[[Tensor], Tensor]) -> list[int]:
     chosen: list[int] = []
     left = list(range(features.shape[1]))
     while left and len(chosen) < max_features:

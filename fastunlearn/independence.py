@@ -19,6 +19,7 @@ from fastunlearn.codec import _columns, _neighbours, _ranks, _response
 
 # Permuted ranks, or pairwise distances, held at once.
 _BLOCK = 1 << 20
+_STREAM = 0xC0DEC
 
 Integers = NDArray[np.integer[Any]]
 
@@ -83,7 +84,8 @@ def codec_test(
     if len(x_columns) != len(z_columns):
         raise ValueError(f"z has {len(z_columns)} rows and given has {len(x_columns)}; one row per sample in both")
     dtype = torch.promote_types(z_columns.dtype, x_columns.dtype)
-    generator = np.random.default_rng(seed)
+    # Not default_rng(seed) itself: data drawn from that would share its stream with the permutations.
+    generator = np.random.default_rng([seed, _STREAM])
     order = torch.from_numpy(generator.permutation(len(y))).to(y.device)
     z_columns, x_columns = z_columns[order].to(dtype), x_columns[order].to(dtype)
     rank, above = (t.cpu().numpy() for t in _ranks(y[order]))
@@ -106,9 +108,7 @@ def _unconditional_test(
         left -= len(permuted)
     denominator = int((above * (n - above)).sum())
     numerator = n * observed - int((above**2).sum())
-    return CodecTest(
-        numerator / denominator if denominator else 0.0, (1 + as_large) / (1 + permutations), permutations
-    )
+    return CodecTest(numerator / denominator if denominator else 0.0, (1 + as_large) / (1 + permutations), permutations)
 
 
 def _conditional_test(
@@ -124,28 +124,29 @@ def _conditional_test(
     closest = np.minimum(rank, rank[_neighbours_in_ties(x)])
     denominator = int((rank - closest).sum())
     numerator = observed - int(closest.sum())
-    return CodecTest(
-        numerator / denominator if denominator else 0.0, (1 + as_large) / (1 + permutations), permutations
-    )
+    return CodecTest(numerator / denominator if denominator else 0.0, (1 + as_large) / (1 + permutations), permutations)
 
 
 def _neighbours_in_ties(columns: Tensor) -> Integers:
     """Nearest other row of every row of [n, q]; of a row with duplicates, the next of them, the last's the first."""
-    nearest: Integers = _neighbours(columns).cpu().numpy()
-    group, size = _groups(columns)
-    order = np.argsort(group, kind="stable")
-    start = np.repeat(np.cumsum(size) - size, size)
-    position = np.arange(len(order)) - start
-    size = np.repeat(size, size)
-    following = order[start + (position + 1) % size]
-    nearest[order[size > 1]] = following[size > 1]
-    return nearest
+    nearest = _neighbours(columns)
+    tied = (columns[nearest] == columns).all(1).nonzero().flatten()
+    if len(tied):
+        order, size = _groups(columns[tied])
+        start, size = np.repeat(np.cumsum(size) - size, size), np.repeat(size, size)
+        following = order[start + (np.arange(len(order)) - start + 1) % size]
+        nearest[tied[order]] = tied[following]
+    found: Integers = nearest.cpu().numpy()
+    return found
 
 
 def _groups(columns: Tensor) -> tuple[Integers, Integers]:
-    """The group of equal rows that each row belongs to [n], and how many each group has."""
-    _, group, size = torch.unique(columns, dim=0, return_inverse=True, return_counts=True)
-    return group.cpu().numpy(), size.cpu().numpy()
+    """All rows of [n, q], equal ones beside each other and in their own order, and how many of each there are."""
+    values = columns.cpu().numpy()
+    order = np.lexsort(values.T)
+    changes = (values[order[1:]] != values[order[:-1]]).any(1)
+    ends = np.append(np.flatnonzero(changes) + 1, len(order))
+    return order, np.diff(ends, prepend=0)
 
 
 def _local_permutations(x: Tensor, count: int, k_perm: int, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -157,11 +158,12 @@ def _local_permutations(x: Tensor, count: int, k_perm: int, generator: np.random
     """
     n = len(x)
     shuffle = np.empty((count, n), dtype=np.int64)
-    group, size = _groups(x)
+    order, size = _groups(x)
+    end = np.cumsum(size)
     for g in np.flatnonzero(size >= k_perm):
-        rows = np.flatnonzero(group == g)
+        rows = order[end[g] - size[g] : end[g]]
         shuffle[:, rows] = generator.permuted(np.tile(rows, (count, 1)), axis=1)
-    alone = np.flatnonzero(size[group] < k_perm)
+    alone = order[np.repeat(size < k_perm, size)]
     near = _nearest_rows(x[torch.from_numpy(alone).to(x.device)], k_perm)
     visits = generator.permuted(np.tile(np.arange(len(alone), dtype=np.int32), (count, 1)), axis=1)
     taken = np.zeros((count, len(alone)), dtype=bool)
@@ -182,7 +184,7 @@ def _nearest_rows(x: Tensor, k: int) -> Integers:
     k = min(k, n)
     blocks = [
         torch.cdist(rows, x, compute_mode="donot_use_mm_for_euclid_dist").topk(k, 1, largest=False).indices
-        for rows in x.split(max(1, _BLOCK // max(1, n)))
+        for rows in torch.split(x, max(1, _BLOCK // max(1, n)))
     ]
     nearest: Integers = torch.cat(blocks).cpu().numpy()
     return nearest
