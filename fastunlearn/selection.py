@@ -90,7 +90,8 @@ class FociSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]  # sciki
             state = self.random_state
             seed = int(state) if isinstance(state, Integral) else check_random_state(state).randint(2**31 - 1)
         found = foci(
-            _standardized(X) if self.standardize else X,
+            # torch takes no views with negative strides and warns of read-only ones.
+            _standardized(X) if self.standardize else np.require(X, requirements=["C", "W"]),
             LabelEncoder().fit_transform(y),  # equal values stay equal and order stays order: all that ranks use
             early_stop=self.early_stop,
             noise=self.noise,
