@@ -70,7 +70,7 @@ def codec_test(
         TypeError: complex or non-numeric input.
 
     Cost: one search of n^2 q multiply-adds and O(permutations n) after it; with ``given``, permutations + 2 searches
-    of n^2 (q + k) and 10 bytes * permutations * n held. Searches run on Z's device, permutations on the CPU.
+    of n^2 (q + k) and 13 bytes * permutations * n held. Searches run on Z's device, permutations on the CPU.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be 1 or more, got {permutations}")

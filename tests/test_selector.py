@@ -16,7 +16,12 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import estimator_checks_generator
+from sklearn.utils.estimator_checks import (
+    check_n_features_in_after_fitting,
+    check_set_output_transform,
+    check_transformer_get_feature_names_out,
+    estimator_checks_generator,
+)
 
 from fastunlearn.codec import foci
 from fastunlearn.selection import FociSelector
@@ -45,6 +50,13 @@ def draw(n: int, p: int, seed: int = 0) -> Any:
 @pytest.mark.parametrize("estimator,check", CHECKS)
 def test_scikit_learn_check(estimator: Any, check: Any) -> None:
     check(estimator)
+
+
+@pytest.mark.parametrize(
+    "check", [check_n_features_in_after_fitting, check_set_output_transform, check_transformer_get_feature_names_out]
+)
+def test_check_that_scikit_learn_runs_on_its_own_transformers_alone(check: Any) -> None:
+    check("FociSelector", FociSelector())
 
 
 def test_there_are_checks_and_none_is_expected_to_fail() -> None:
