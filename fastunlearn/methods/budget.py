@@ -106,7 +106,7 @@ class Account:
         if reasons:
             undone += self._undo(1)
         due = reasons or last or len(self.undo) >= budget.check_every
-        if self.validation is not None and self.score_before is not None and self.undo and due:
+        if self.validation is not None and self.score_before is not None and any(self.undo) and due:
             self.score = self._measured(self.validation)
             drop = self.score_before - self.score
             if not (budget.max_drop is not None and drop <= budget.max_drop):
