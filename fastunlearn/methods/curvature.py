@@ -278,8 +278,9 @@ class _Slices(TorchFunctionMode):
         super().__init__()
         self.block = block
         self.samples, self.short_only = samples, short_only
-        self.leaves = [p.detach()[rows].requires_grad_() for p, rows in block.parts]
-        self.part = {id(p): k for k, (p, _) in enumerate(block.parts)}
+        self.leaves = [block.take(k, p.detach()).requires_grad_() for k, p in enumerate(block.parameters)]
+        # A weight [in, out] is not what these calls take: it is left to the derivatives by the parameter itself.
+        self.part = {id(p): k for k, p in enumerate(block.parameters) if block.axes[k] == 0}
         self.starts = [sum(block.sizes[:k]) for k in range(len(block.sizes))]
         self.calls: list[_Call] = []
         self.unrecorded: set[int] = set()
@@ -372,7 +373,7 @@ class _Slices(TorchFunctionMode):
             piece = torch.zeros_like(leaves[i]) if own is None else own
             if other is not None:
                 self.unrecorded.add(k)
-                piece = piece + other[self.block.parts[k][1]]
+                piece = piece + self.block.take(k, other)
             pieces.append(piece.reshape(-1))
         return torch.cat(pieces), found[2 * len(leaves) :]
 
