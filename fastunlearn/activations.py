@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastunlearn import attention
 from fastunlearn.data import Batch
 from fastunlearn.hooks import Call, preserved, recording, without_fused_attention
+from fastunlearn.slots import is_attention, is_transposed
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,11 @@ def layers_with_units(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the kinds above by name, in the model's order; ``a.in_proj`` stands for the attention ``a``."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if is_attention(module):
             found[f"{name}.in_proj".removeprefix(".")] = module
-        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_transposed_linear(module):
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_transposed(module):
             found[name] = module
     return found
-
-
-def is_transposed_linear(module: nn.Module) -> TypeGuard[nn.Module]:
-    """Whether this is the ``Conv1D`` of the transformers library: a linear layer whose weight is [in, out]."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def unit_activations(model: nn.Module, batch: Batch | Tensor, layers: Sequence[str] | None = None) -> UnitActivations:
@@ -119,11 +115,11 @@ def attended_positions(batch: Batch) -> Tensor | None:
 
 def _watched(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[nn.Module, list[str]]:
     """The layers that each module's calls tell about: its own, or an attention's two projections."""
-    parents = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    parents = {m.out_proj: m for m in model.modules() if is_attention(m)}
     watched: dict[nn.Module, list[str]] = {}
     for name, module in chosen.items():
-        # A plain Linear as out_proj is still called through its weight.
-        watched.setdefault(parents.get(module, module), []).append(name)  # type: ignore[call-overload]
+        # torch calls an attention's output projection through its weight, never as a module.
+        watched.setdefault(parents.get(module, module), []).append(name)
     return watched
 
 

@@ -109,10 +109,11 @@ def test_another_score_may_be_given_and_a_score_that_is_nan_stops() -> None:
     assert account.score_before == pytest.approx((2 + 2 * 2**0.5) / 4)
     assert move(account, layer, 1.2) is None and move(account, layer, 0.5).undone == 1
     assert move(account, layer, float("nan")).undone == 1
-    with pytest.raises(ValueError, match="nan before any removal"):
-        Account(Budget(score=score), layer, validation())
     with pytest.raises(ValueError, match=r"one number per sample, shape \[3\], got \[\]"):
         Account(Budget(score=lambda out, y: out.mean()), layer, validation())
+    layer.weight.data[1] = float("nan")
+    with pytest.raises(ValueError, match="nan before any removal"):
+        Account(Budget(score=score), layer, validation())
 
 
 def test_modes_are_put_back_after_a_check() -> None:

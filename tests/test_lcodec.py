@@ -520,16 +520,16 @@ def test_a_reused_hessian_is_that_of_the_first_removal() -> None:
 
 
 def test_a_hessian_is_reused_only_for_the_same_units(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastunlearn.methods import lcodec
+    from fastunlearn.methods import removal
 
     made: list[list[tuple[str, int]]] = []
-    whole = lcodec.matrix
+    whole = removal.matrix
 
     def counting(model: nn.Module, block: Block, *rest: Any) -> Tensor:
         made.append(sorted(block.units))
         return whole(model, block, *rest)
 
-    monkeypatch.setattr(lcodec, "matrix", counting)
+    monkeypatch.setattr(removal, "matrix", counting)
     settings: dict[str, Any] = {**QUICK, "layers": ["8"], "max_units": 2, "damping": 1.0}
     outcome = LCodec(**settings, reuse_hessian=True).unlearn(copy.deepcopy(trained), *split(8))
     chosen = [sorted(r["units"]) for r in outcome.details["removals"]]
@@ -552,7 +552,9 @@ def test_conjugate_gradients_take_the_step_of_cholesky(trained: nn.Module, hessi
         assert removal["solver"] == solver and (removal["iterations"] > 0) == (solver == "cg")
         assert removal["residual"] < 1e-7
         steps.append(
-            torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), trained.parameters(), strict=True)])
+            torch.cat(
+                [(p - q).detach().flatten() for p, q in zip(model.parameters(), trained.parameters(), strict=True)]
+            )
         )
     assert torch.allclose(steps[0], steps[1], rtol=0, atol=1e-7 * float(steps[0].abs().max()))
 
@@ -562,12 +564,14 @@ def test_auto_takes_conjugate_gradients_for_a_large_block_only() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 12), nn.Tanh(), nn.Linear(12, 3))
     x, y = torch.randn(20, 300), torch.arange(20) % 3
-    for units, solver in ((6, "cholesky"), (8, "cg")):
-        method = LCodec(select="random", layers=["0"], max_units=units, damping=1.0, hessian_samples=8)
-        (removal,) = method.unlearn(model, [(x[:1], y[:1])], [(x[1:], y[1:])]).details["removals"]
+    batches = [(x[:1], y[:1])], [(x[1:], y[1:])]
+    settings: dict[str, Any] = {"select": "random", "layers": ["0"], "damping": 1.0, "hessian_samples": 8}
+    for units, reuse, solver in ((1, False, "cholesky"), (2, False, "cg"), (6, True, "cholesky"), (7, True, "cg")):
+        method = LCodec(**settings, max_units=units, reuse_hessian=reuse)
+        (removal,) = method.unlearn(model, *batches).details["removals"]
         assert removal["block"] == 301 * units and removal["solver"] == solver and removal["left_out"] == 0
     method = LCodec(select="all", layers=["0"], solver="cholesky", damping=1.0, hessian_samples=1)
-    (removal,) = method.unlearn(model, [(x[:1], y[:1])], [(x[1:], y[1:])]).details["removals"]
+    (removal,) = method.unlearn(model, *batches).details["removals"]
     assert removal["block"] == 301 * 6 and removal["left_out"] == 6  # 2,048 weights at most
 
 

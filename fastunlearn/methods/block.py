@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.activations import is_transposed_linear, layers_with_units
+from fastunlearn.activations import layers_with_units
+from fastunlearn.slots import is_transposed
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def unit_parameters(module: nn.Module) -> list[Slab]:
     The weight and the bias; of an attention those of its input projection (``a.in_proj``): the packed weight, or the
     weights of queries, keys and values one after another, and their bias.
     """
-    slabs: list[tuple[str, int, int]] = [("weight", 1 if is_transposed_linear(module) else 0, 0), ("bias", 0, 0)]
+    slabs: list[tuple[str, int, int]] = [("weight", 1 if is_transposed(module) else 0, 0), ("bias", 0, 0)]
     if isinstance(module, nn.MultiheadAttention):
         size = module.embed_dim
         projections = [(f"{name}_proj_weight", 0, i * size) for i, name in enumerate("qkv")]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
-from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read, require_batches
+from fastunlearn.data import Batches, LossFunction, require_batches
 from fastunlearn.hooks import (
     device_of,
     preserved,
@@ -23,19 +20,13 @@ from fastunlearn.hooks import (
     restored_on_error,
     without_fused_attention,
 )
-from fastunlearn.methods.block import Block, trainable_layers, unit_parameters
+from fastunlearn.methods.block import trainable_layers, unit_parameters
 from fastunlearn.methods.budget import Account, Budget, Verdict
-from fastunlearn.methods.curvature import KINDS, matrix, product
-from fastunlearn.methods.newton import Privacy, newton_step
-from fastunlearn.methods.samples import drawn, joined
-from fastunlearn.methods.selection import Unit, all_units, markov_blanket, random_units
+from fastunlearn.methods.curvature import KINDS
+from fastunlearn.methods.newton import Privacy
+from fastunlearn.methods.removal import Run, gather, remove
 from fastunlearn.outcome import Outcome, track
-from fastunlearn.perturb import Perturbation, require_finite_inputs
 
-# Weights per block up to which the matrix and its Cholesky factor are made.
-_CHOLESKY = 2048
-# Matrices that reuse_hessian keeps, the least recently used dropped first: 32 MiB each at 2,048 weights.
-_KEPT = 8
 _NO_CERTIFICATE = (
     "Gaussian noise of the stated deviation on the block; (epsilon, delta)-indistinguishable from retraining only for "
     "the strongly convex losses and constants that Privacy states, so not a certificate for this model"
@@ -78,8 +69,9 @@ class LCodec:
             again. They are averages over retain samples only, and stale by the weights moved since. Blocks solved by
             conjugate gradients have no matrix to keep.
         update: "sekhari" (above) or "single_sample" (H_S over the removed samples, the reference code's "CR").
-        solver: "cholesky" (block^2 memory), "cg" (conjugate gradients on Hessian-vector products), or "auto":
-            Cholesky up to 2,048 weights.
+        solver: "cholesky" (block^2 memory; sees every direction in which the block is not positive definite), "cg"
+            (conjugate gradients on Hessian-vector products; sees those it visits, and takes long when the damping is
+            tiny), or "auto": Cholesky up to 512 weights, 2,048 with ``reuse_hessian``.
         max_units: units that L-FOCI or chance may choose per removal.
         max_block: weights per block; units are taken in order while they fit, the first one always. By default
             2,048 with "cholesky", unlimited otherwise.
@@ -203,14 +195,14 @@ class LCodec:
         ):
             model.eval()
             with outcome.phase("gather"):
-                run = _gather(self, model, layers, forget, retain, device, outcome)
+                run = gather(self, model, layers, forget, retain, device, outcome)
             with outcome.phase("validate"):
                 account = None if budget is None else Account(budget, model, validation)
             count = len(run.samples)
             todo = [list(range(count))] if self.group else [[i] for i in range(count)]
             removals: list[dict[str, Any]] = []
             for indices in track(todo, "LCodec", self.progress):
-                removals.append(_remove(run, indices, account))
+                removals.append(remove(run, indices, account))
                 if account is not None:
                     with outcome.phase("validate"):
                         done = removals[-1]
@@ -235,160 +227,7 @@ class LCodec:
         return settings
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the removals of one ``unlearn`` share."""
-
-    method: LCodec
-    model: nn.Module
-    layers: dict[str, nn.Module]
-    samples: list[Batch]  # to forget, one each
-    perturbations: list[Perturbation]
-    total: int
-    pool: list[tuple[int, Batch]]
-    generator: torch.Generator
-    outcome: Outcome
-    matrices: OrderedDict[tuple[Unit, ...], Tensor] = field(default_factory=OrderedDict)
-
-
-def _gather(
-    method: LCodec,
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    forget: Batches,
-    retain: Batches,
-    device: torch.device,
-    outcome: Outcome,
-) -> _Run:
-    samples: list[Batch] = []
-    perturbations: list[Perturbation] = []
-    for batch in read(forget, "forget", device):
-        if method.select == "foci":
-            perturbation = Perturbation.for_sample(
-                model, batch[:1], method.noise, method.tokens, method.vocabulary, method.protected
-            )
-            perturbations += [perturbation] * batch.size
-        for i in range(batch.size):
-            require_finite_inputs(batch[i : i + 1], f"forget sample {len(samples)}")
-            samples.append(batch[i : i + 1])
-    total = sum(b.size for b in read(retain, "retain", torch.device("meta"))) + len(samples)
-    pool: list[tuple[int, Batch]] = []
-    if method.update == "sekhari":
-        pool = drawn(retain, samples, total, method.hessian_samples, method.seed, device)
-    generator = torch.Generator().manual_seed(method.seed)
-    return _Run(method, model, layers, samples, perturbations, total, pool, generator, outcome)
-
-
-def _remove(run: _Run, indices: list[int], account: Account | None) -> dict[str, Any]:
-    """One removal: choose the units, solve for their step, write it."""
-    method, started = run.method, time.perf_counter()
-    samples = [run.samples[i] for i in indices]
-    what = f"forget sample {indices[0]}" if not method.group else "the group of forget samples"
-    with run.outcome.phase("select"):
-        units, scores = _choose(run, indices, what)
-    limit = method.max_block or (_CHOLESKY if method.solver == "cholesky" else None)
-    block = Block(run.layers, units, limit)
-    with run.outcome.phase("gradient"):
-        loss, norm, gradients = _gradients(run, samples)
-    report: dict[str, Any] = {
-        "samples": indices, "units": block.units, "scores": [scores[u] for u in block.units if u in scores],
-        "left_out": len(units) - len(block.units), "block": block.size, "solver": "none", "iterations": 0,
-        "residual": 0.0, "damping": method.damping, "deviation": 0.0, "step_norm": 0.0, "loss_before": loss,
-        "loss_after": loss, "gradient_norm_before": norm, "gradient_norm_after": norm, "seconds": 0.0,
-    }  # fmt: skip
-    if account is not None:
-        account.keep(block.parameters)
-    if block.size:
-        n = run.total - indices[0]
-        gradient = block.flat([gradients[p] for p in block.parameters]).double()
-        del gradients
-        with run.outcome.phase("hessian"):
-            curvature = _curvature(run, block, indices)
-        with run.outcome.phase("solve"):
-            newton = newton_step(curvature, gradient, method.damping, what)
-            step = newton.step * (len(indices) / (n - len(indices)))
-            if method.privacy is not None:
-                report["deviation"] = method.privacy.deviation(len(indices), n)
-                noise = torch.randn(len(step), generator=run.generator, dtype=step.dtype).to(step.device)
-                step = step + report["deviation"] * noise
-            block.add_(step)
-        with run.outcome.phase("gradient"):
-            loss, norm, _ = _gradients(run, samples)
-        if not math.isfinite(loss):
-            raise ValueError(f"the removal of {what} drives its loss to {loss}; raise damping")
-        report.update(
-            solver=newton.solver, iterations=newton.iterations, residual=newton.residual, damping=newton.damping,
-            step_norm=step.norm().item(), loss_after=loss, gradient_norm_after=norm,
-        )  # fmt: skip
-    report["seconds"] = time.perf_counter() - started
-    return report
-
-
-def _choose(run: _Run, indices: list[int], what: str) -> tuple[list[Unit], dict[Unit, float]]:
-    """Units in the order in which they are to fill the block, and L-FOCI's scores."""
-    method = run.method
-    if method.select == "all":
-        return all_units(run.layers), {}
-    if method.select == "random":
-        return random_units(run.layers, method.max_units, run.generator), {}
-    try:
-        scores = markov_blanket(
-            run.model,
-            run.layers,
-            [(run.samples[i], run.perturbations[i]) for i in indices],
-            method.perturbations,
-            method.batch_size,
-            method.loss_fn,
-            method.max_units,
-            method.seed + indices[0],
-            run.generator,
-        )
-    except ValueError as error:
-        raise ValueError(f"perturbed copies of {what}: {error}") from error
-    return list(scores), scores
-
-
-def _gradients(run: _Run, samples: list[Batch]) -> tuple[float, float, dict[nn.Parameter, Tensor]]:
-    """Mean loss of the samples, the norm of its gradient over all trainable weights, and that gradient."""
-    parameters = [p for p in run.model.parameters() if p.requires_grad]
-    total = {p: torch.zeros_like(p) for p in parameters}
-    loss = 0.0
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels may sum in another order each time
-        for batch in joined(samples, run.method.batch_size):
-            outputs = batch.outputs(run.model)
-            part = per_sample_loss(run.method.loss_fn, outputs, batch.targets, batch.size).sum() / len(samples)
-            loss += part.item()
-            if part.requires_grad:
-                for p, g in zip(parameters, torch.autograd.grad(part, parameters, allow_unused=True), strict=True):
-                    if g is not None:
-                        total[p] += g
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in total.values()]
-    return loss, torch.stack(norms).norm().item(), total
-
-
-def _curvature(run: _Run, block: Block, indices: list[int]) -> Tensor | Callable[[Tensor], Tensor]:
-    """H_S: a matrix for Cholesky, a product for conjugate gradients."""
-    method = run.method
-    if method.update == "single_sample":
-        others = [run.samples[i] for i in indices]
-    else:
-        # By index, not by value: a sample that occurs twice stays in once.
-        stays = run.total if method.group or method.reuse_hessian else indices[-1]
-        others = [held for origin, held in run.pool if origin == -1 or origin > stays][: method.hessian_samples]
-    batches = list(joined(others, method.batch_size))
-    if method.solver == "cg" or (method.solver == "auto" and block.size > _CHOLESKY):
-        return product(run.model, block, batches, method.loss_fn, method.hessian)
-    key = tuple(sorted(block.units))
-    known = run.matrices.pop(key, None)
-    found = matrix(run.model, block, batches, method.loss_fn, method.hessian) if known is None else known
-    if method.reuse_hessian:
-        run.matrices[key] = found
-        if len(run.matrices) > _KEPT:
-            run.matrices.popitem(last=False)
-    return found
-
-
-def _report(run: _Run, removals: list[dict[str, Any]], account: Account | None, verdict: Verdict | None) -> None:
+def _report(run: Run, removals: list[dict[str, Any]], account: Account | None, verdict: Verdict | None) -> None:
     """Fill in the outcome's details, and warn once of each thing to be warned of."""
     method, count = run.method, len(run.samples)
     raised = [r["damping"] for r in removals if r["damping"] > method.damping]
