@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -655,6 +656,33 @@ def test_within_the_budget_nothing_is_said(trained: nn.Module) -> None:
     assert LCodec(**QUICK).unlearn(free, forget, retain).settings["budget"] is None
 
 
+def test_an_error_while_validating_undoes_every_removal(trained: nn.Module) -> None:
+    calls = 0
+
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2 * 3:  # before any removal and after the first: three batches each
+            raise KeyboardInterrupt("stop")
+        return outputs[:, 0]
+
+    model = copy.deepcopy(trained)
+    forget, retain = split()
+    with pytest.raises(KeyboardInterrupt):
+        LCodec(**QUICK, damping=1.0, budget=Budget(max_drop=9.0, score=score)).unlearn(model, forget, retain, retain)
+    assert calls == 7
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_budget_and_its_validation_go_together(trained: nn.Module) -> None:
+    forget, retain = split()
+    refused(trained, forget, retain, ValueError, "give validation=", budget=Budget())
+    with pytest.raises(TypeError, match="validation is an iterator"):
+        LCodec(**QUICK).unlearn(trained, forget, retain, once(retain))
+    with pytest.raises(ValueError, match="validation is empty"):
+        LCodec(**QUICK).unlearn(trained, forget, retain, [])
+
+
 # Noise
 
 
@@ -668,7 +696,7 @@ def test_noise_has_the_deviation_of_the_constants_and_is_no_certificate() -> Non
     batches = [(x[:1], y[:1])], [(x[1:], y[1:])]
     LCodec(**settings).unlearn(quiet, *batches)
     outcome = LCodec(**settings, privacy=privacy).unlearn(noisy, *batches)
-    noise = torch.cat([(noisy.weight - quiet.weight)[0], noisy.bias - quiet.bias])
+    noise = torch.cat([(noisy.weight - quiet.weight)[0], noisy.bias - quiet.bias]).detach()
     (removal,) = outcome.details["removals"]
     assert removal["deviation"] == pytest.approx(privacy.deviation(1, 200)) and removal["deviation"] > 0
     assert float(noise.std()) == pytest.approx(removal["deviation"], rel=0.1)
@@ -729,6 +757,21 @@ def test_a_text_encoder_loses_one_sample() -> None:
             assert set(outcome.changed) == {f"{attention}.{kind}weight", f"{attention}.{kind}bias"}
             assert outcome.changed[f"{attention}.{kind}weight"] == 8 * len(removal["units"])
     assert {"encoder.layers.1.self_attn.in_proj", "encoder.layers.1.self_attn.out_proj"} <= chosen
+
+
+def test_two_runs_on_texts_are_bitwise_equal_and_the_record_is_plain() -> None:
+    torch.manual_seed(0)
+    model, (data,) = Encoder(), texts()
+    forget, retain = ([{k: v[part] for k, v in data.items()}] for part in (slice(2), slice(2, None)))
+    settings: dict[str, Any] = {**QUICK, "vocabulary": range(3, 30), "damping": 1.0, "hessian": "gauss_newton"}
+    models = [copy.deepcopy(model) for _ in range(3)]
+    for net, seed in zip(models, (0, 0, 1), strict=True):
+        torch.manual_seed(seed + 7)
+        outcome = LCodec(**settings, seed=seed, budget=Budget(max_drop=1.0)).unlearn(net, forget, retain, retain)
+    first, second, third = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert torch.equal(first, second) and not torch.equal(first, third)
+    record = json.loads(json.dumps(outcome.as_dict()))
+    assert record["settings"]["vocabulary"] == "range(3, 30)" and record["settings"]["budget"]["max_drop"] == 1.0
 
 
 class Conv1D(nn.Module):

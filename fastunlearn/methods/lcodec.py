@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -183,7 +183,7 @@ class LCodec:
         device = device_of(model)
         layers = trainable_layers(model, self.layers)
         budget = Budget() if self.budget is None and validation is not None else self.budget
-        outcome = Outcome("LCodec", self._settings(budget))
+        outcome = Outcome("LCodec", _plain(replace(self, budget=budget)))
         parameters = [slab.parameter for module in layers.values() for slab in unit_parameters(module)]
         verdict = None
         with (
@@ -214,17 +214,14 @@ class LCodec:
         _report(run, removals, account, verdict)
         return outcome
 
-    def _settings(self, budget: Budget | None) -> dict[str, Any]:
-        """As in the record of a run: functions by name, and the budget that held."""
-        settings = asdict(self)
-        if self.loss_fn is not None:
-            settings["loss_fn"] = getattr(self.loss_fn, "__qualname__", repr(self.loss_fn))
-        if isinstance(self.vocabulary, range):
-            settings["vocabulary"] = str(self.vocabulary)
-        settings["budget"] = None if budget is None else asdict(budget)
-        if budget is not None and budget.score is not None:
-            settings["budget"]["score"] = getattr(budget.score, "__qualname__", repr(budget.score))
-        return settings
+
+def _plain(value: Any) -> Any:
+    """A setting as it goes on record: dataclasses as dicts, functions and ranges by name, nothing copied."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return str(value) if isinstance(value, range) else value
 
 
 def _report(run: Run, removals: list[dict[str, Any]], account: Account | None, verdict: Verdict | None) -> None:

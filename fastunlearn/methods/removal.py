@@ -37,12 +37,20 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Run:
-    """What the removals of one ``unlearn`` share."""
+    """What the removals of one ``unlearn`` share.
+
+    Attributes:
+        samples, perturbations: to forget, one each, and how each is perturbed; the latter only to choose by L-FOCI.
+        total: training samples before any removal.
+        pool: samples that curvatures are averaged over, see :func:`~fastunlearn.methods.samples.drawn`.
+        generator: of all draws on the CPU.
+        matrices: kept for ``reuse_hessian``, by units, the most recently used last.
+    """
 
     method: LCodec
     model: nn.Module
     layers: dict[str, nn.Module]
-    samples: list[Batch]  # to forget, one each
+    samples: list[Batch]
     perturbations: list[Perturbation]
     total: int
     pool: list[tuple[int, Batch]]
@@ -60,6 +68,10 @@ def gather(
     device: torch.device,
     outcome: Outcome,
 ) -> Run:
+    """Read the sets: the samples to forget, how to perturb them, and a draw of the others for the curvature.
+
+    Raises TypeError or ValueError for inputs that cannot be perturbed, or that hold NaN or Inf.
+    """
     samples: list[Batch] = []
     perturbations: list[Perturbation] = []
     for batch in read(forget, "forget", device):
@@ -80,7 +92,10 @@ def gather(
 
 
 def remove(run: Run, indices: list[int], account: Account | None) -> dict[str, Any]:
-    """One removal: choose the units, solve for their step, write it."""
+    """Remove these samples in one step, and report it as :meth:`LCodec.unlearn` says.
+
+    The account keeps what is about to be written to. Raises ValueError when the loss ends up NaN or Inf.
+    """
     method, started = run.method, time.perf_counter()
     samples = [run.samples[i] for i in indices]
     what = f"forget sample {indices[0]}" if not method.group else "the group of forget samples"
@@ -100,8 +115,10 @@ def remove(run: Run, indices: list[int], account: Account | None) -> dict[str, A
         account.keep(block.parameters)
     if block.size:
         n = run.total - indices[0]
-        gradient = block.flat([gradients[p] for p in block.parameters]).double()
-        del gradients
+        # A parameter that the loss does not see has no gradient.
+        whole = [gradients[p] if p in gradients else torch.zeros_like(p) for p in block.parameters]
+        gradient = block.flat(whole).double()
+        del gradients, whole
         with run.outcome.phase("hessian"):
             curvature = _curvature(run, block, indices)
         with run.outcome.phase("solve"):
@@ -151,19 +168,19 @@ def _choose(run: Run, indices: list[int], what: str) -> tuple[list[Unit], dict[U
 def _gradients(run: Run, samples: list[Batch]) -> tuple[float, float, dict[nn.Parameter, Tensor]]:
     """Mean loss of the samples, the norm of its gradient over all trainable weights, and that gradient."""
     parameters = [p for p in run.model.parameters() if p.requires_grad]
-    total = {p: torch.zeros_like(p) for p in parameters}
+    total: dict[nn.Parameter, Tensor] = {}
     loss = 0.0
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels may sum in another order each time
         for batch in joined(samples, run.method.batch_size):
             outputs = batch.outputs(run.model)
             part = per_sample_loss(run.method.loss_fn, outputs, batch.targets, batch.size).sum() / len(samples)
             loss += part.item()
-            if part.requires_grad:
-                for p, g in zip(parameters, torch.autograd.grad(part, parameters, allow_unused=True), strict=True):
-                    if g is not None:
-                        total[p] += g
+            found = torch.autograd.grad(part, parameters, allow_unused=True) if part.requires_grad else ()
+            for p, g in zip(parameters, found, strict=False):
+                if g is not None:
+                    total[p] = total[p] + g if p in total else g
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in total.values()]
-    return loss, torch.stack(norms).norm().item(), total
+    return loss, torch.stack(norms).norm().item() if norms else 0.0, total
 
 
 def _curvature(run: Run, block: Block, indices: list[int]) -> Tensor | Callable[[Tensor], Tensor]:
