@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastunlearn.data import Batch, Batches, per_sample_loss, read
 from fastunlearn.methods.block import Block
 from fastunlearn.methods.budget import Account
+from fastunlearn.methods.choice import Unit, all_units, markov_blanket, random_units
 from fastunlearn.methods.curvature import matrix, product
 from fastunlearn.methods.newton import newton_step
 from fastunlearn.methods.samples import drawn, joined
-from fastunlearn.methods.selection import Unit, all_units, markov_blanket, random_units
 from fastunlearn.outcome import Outcome
 from fastunlearn.perturb import Perturbation, require_finite_inputs
 
