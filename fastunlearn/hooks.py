@@ -71,6 +71,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """Keep torch's fused encoder layers off: they call none of their modules and may pad with nested tensors."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[Copies]:
     """Copies of parameters (default: all) and all buffers; written back if the block raises anything at all.
 

@@ -82,7 +82,7 @@ def supported_layers(model: nn.Module) -> dict[str, Slot]:
     MultiheadAttention with a ``forward`` of its own. Cost: one walk over the modules.
     """
     found: dict[str, Slot] = {}
-    projections = {id(m.out_proj) for m in model.modules() if _is_attention(m)}
+    projections = {id(m.out_proj) for m in model.modules() if is_attention(m)}
     for name, module in model.named_modules():
         if id(module) not in projections:
             found.update((slot.name, slot) for slot in _slots(name, module))
@@ -95,9 +95,9 @@ def left_out(model: nn.Module) -> dict[str, str]:
     covered = {id(slot.module) for slot in slots.values()} | {id(slot.parameter) for slot in slots.values()}
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and not _is_attention(module):
+        if isinstance(module, nn.MultiheadAttention) and not is_attention(module):
             reasons[name] = f"{type(module).__name__} computes attention in a forward of its own"
-        elif _is_attention(module) and f"{name}.q".lstrip(".") not in slots:
+        elif is_attention(module) and f"{name}.q".lstrip(".") not in slots:
             reasons[name] = "its input projection is computed from other parameters"
         elif isinstance(module, (nn.Linear, *_CONVOLUTIONS, nn.MultiheadAttention)) or is_transposed(module):
             weight = module._parameters.get("weight")
@@ -199,7 +199,7 @@ def _slots(name: str, module: nn.Module) -> list[Slot]:
     prefix = f"{name}." if name else ""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_slots(name, prefix, module) if _is_attention(module) else []
+        return _attention_slots(name, prefix, module) if is_attention(module) else []
     if weight is None:
         return []
     if isinstance(module, nn.Linear):
@@ -225,7 +225,8 @@ def _attention_slots(name: str, prefix: str, module: nn.MultiheadAttention) -> l
     return found
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """A MultiheadAttention that computes what the class does: no forward of its own."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 

@@ -14,8 +14,7 @@ Every array of a layer carries its groups first, [groups, ...]; Linear and ungro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn.data import Batches, read
-from fastunlearn.hooks import Call, device_of, preserved, recording
+from fastunlearn.hooks import Call, device_of, preserved, recording, without_fused_attention
 from fastunlearn.lowrank import StreamingSketch, batched_rsvd, grouped_rows, power_of_two
 from fastunlearn.outcome import track
 from fastunlearn.slots import Gather, Slot, choose_layers, layer_rows, padded_input, slot_rows
@@ -502,7 +501,7 @@ def collect_grams(
             except ValueError as error:
                 raise ValueError(f"layer {slot.name}: {error}") from error
 
-    with preserved(model), _without_fused_attention(), torch.no_grad():
+    with preserved(model), without_fused_attention(), torch.no_grad():
         model.eval()
         # The meta device carries shapes only: counting moves no data.
         total = seen = 0
@@ -586,16 +585,6 @@ def _empty(slot: Slot, rank: int | None, seed: int) -> Moments:
     if rank is None:
         return GramAccumulator(slot.dim, slot.groups)
     return StreamingSketch(slot.dim, rank, groups=slot.groups, seed=seed)
-
-
-@contextmanager
-def _without_fused_attention() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _outer(rows: Tensor) -> Tensor:

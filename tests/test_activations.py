@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.activations import unit_activations
+from fastunlearn.data import Batch
 
 
 class Net(nn.Module):
@@ -64,3 +65,97 @@ def test_unit_activations_refuse_what_they_cannot_attribute() -> None:
 
     with pytest.raises(ValueError, match="samples along its first axis"):
         unit_activations(Merged(3, 2), torch.zeros(4, 3))
+
+
+class Conv1D(nn.Module):
+    """The transformers library's linear layer of GPT-2: weight [in, out], known by its name and ``nf``."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def test_a_transposed_linear_has_its_outputs_for_units() -> None:
+    layer, x = Conv1D(5, 3), torch.randn(4, 6, 3)
+    found = unit_activations(layer, x)
+    assert found.units == [("", i) for i in range(5)]
+    assert torch.allclose(found.values, layer(x).mean(1), atol=1e-6)
+
+
+def test_filters_in_three_dimensions() -> None:
+    layer, x = nn.Conv3d(2, 3, 2), torch.randn(4, 2, 3, 4, 5)
+    assert torch.allclose(unit_activations(layer, x).values, layer(x).mean((2, 3, 4)), atol=1e-6)
+
+
+class Text(nn.Module):
+    """A small encoder that takes ids and a mask, as BERT does."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.encoder(self.words(input_ids), src_key_padding_mask=attention_mask == 0)[:, 0])
+
+
+def padded() -> Batch:
+    ids = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [1]])).long()
+    return Batch((), {"input_ids": ids, "attention_mask": mask}, None, 3)
+
+
+def test_only_attended_positions_count_in_an_encoder_with_fused_attention() -> None:
+    """Each sample alone, cut to its attended positions, has the same units."""
+    torch.manual_seed(0)
+    model, batch = Text(), padded()
+    found = unit_activations(model, batch)
+    names = list(dict.fromkeys(name for name, _ in found.units))
+    inner = [f"encoder.layers.{i}.{name}" for i in (0, 1)
+             for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")]  # fmt: skip
+    assert names == [*inner, "head"]
+    assert [sum(n == name for n, _ in found.units) for name in names] == [24, 8, 12, 8] * 2 + [3]
+    for i, length in enumerate((7, 4, 1)):
+        alone = {key: value[i : i + 1, :length] for key, value in batch.kwargs.items()}
+        single = unit_activations(model, Batch((), alone, None, 1))
+        assert torch.allclose(single.values[0], found.values[i], atol=1e-6)
+        assert torch.allclose(single.outputs[0], found.outputs[i], atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 5, "vdim": 3}])
+def test_attention_projections_are_their_own_layers(batch_first: bool, sizes: dict[str, int]) -> None:
+    """Queries, keys, values and the output projection, from the formulas."""
+    torch.manual_seed(0)
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, **sizes)
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if not batch_first:
+                query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            output: Tensor = self.attention(query, key, value)[0]
+            return output if batch_first else output.transpose(0, 1)
+
+    model = Cross()
+    nn.init.normal_(model.attention.in_proj_bias)
+    shapes = ((6, 5, 4), (6, 2, sizes.get("kdim", 4)), (6, 2, sizes.get("vdim", 4)))
+    inputs = dict(zip(("query", "key", "value"), (torch.randn(s) for s in shapes), strict=True))
+    found = unit_activations(model, Batch((), inputs, None, 6))
+    assert found.units == [("attention.in_proj", i) for i in range(12)] + [("attention.out_proj", i) for i in range(4)]
+    a = model.attention
+    weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight) if sizes else a.in_proj_weight.chunk(3)
+    parts = [x @ w.mT + b for x, w, b in zip(inputs.values(), weights, a.in_proj_bias.chunk(3), strict=True)]
+    expected = torch.cat([*(p.mean(1) for p in parts), found.outputs.mean(1)], 1)
+    assert torch.allclose(found.values, expected, atol=1e-6)
+    assert unit_activations(model, Batch((), inputs, None, 6), ["attention.out_proj"]).units == found.units[12:]

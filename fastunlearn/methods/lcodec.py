@@ -1,38 +1,45 @@
-"""L-CODEC: remove single samples by a Newton step on the few units that the sample's loss depends on."""
+"""L-CODEC: remove samples by a Newton step on the few units that their loss depends on."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch import nn
 
-from fastunlearn.activations import unit_activations
-from fastunlearn.codec import foci
-from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read, require_batches
-from fastunlearn.hooks import device_of, preserved, require_finite, require_separable, restored_on_error
+from fastunlearn.data import Batches, LossFunction, require_batches
+from fastunlearn.hooks import (
+    device_of,
+    preserved,
+    require_finite,
+    require_separable,
+    restored_on_error,
+    without_fused_attention,
+)
+from fastunlearn.methods.block import trainable_layers, unit_parameters
+from fastunlearn.methods.budget import Account, Budget, Verdict
+from fastunlearn.methods.curvature import KINDS
+from fastunlearn.methods.newton import Privacy
+from fastunlearn.methods.removal import Run, gather, remove
 from fastunlearn.outcome import Outcome, track
 
-# Numbers that a batch of Hessian-vector products may hold per pass.
-_BATCHED = 1 << 22
-# Share of a unit's spread added as noise before L-FOCI, so that the many equal zeros of a silent unit do not
-# all take the same row for their nearest neighbour.
-_JITTER = 1e-3
+_NO_CERTIFICATE = (
+    "Gaussian noise of the stated deviation on the block; (epsilon, delta)-indistinguishable from retraining only for "
+    "the strongly convex losses and constants that Privacy states, so not a certificate for this model"
+)
 
 
 @dataclass(frozen=True)
 class LCodec:
-    """Remove samples one after another, each by a Newton step on a Markov blanket of its loss.
+    """Remove samples one after another, or as one group, each by a Newton step on a Markov blanket of its loss.
 
     Per sample z: perturb its input, record every unit's activation and the loss, let L-FOCI choose the units
-    S on which the loss depends, and move their weights (a row of a Linear or a filter of a convolution, and
-    its bias) up the loss of z:
+    S on which the loss depends, and move their weights (a row of a Linear or of an attention projection, a filter
+    of a convolution, and its bias) up the loss of z:
 
         w_S <- w_S + (1 / (n - 1)) (H_S + damping I)^-1 grad_S loss(z)
         H_S = (n H - hess_S loss(z)) / (n - 1)
@@ -44,484 +51,211 @@ class LCodec:
 
     Attributes:
         perturbations: m, perturbed copies of each sample's input.
-        noise: standard deviation of the Gaussian perturbation, in the units of the input.
+        noise: standard deviation of the Gaussian perturbation of floating-point inputs, in their units.
+        tokens: positions replaced per copy of a text; 15 % of the attended ones by default, at least 1.
+        vocabulary: ids that tokens are replaced by; every row of the input embedding by default.
+        protected: ids of special tokens ([CLS], [SEP], padding) that are neither replaced nor replaced by.
+        select: "foci"; or for comparison "random" (``max_units`` random units of the layers) or "all" (every unit of
+            the layers in the model's order). Neither of these perturbs anything.
+        group: remove all forget samples in one step. One selection: row k of L-FOCI's data is the mean over the
+            group of the activations of the k-th perturbed copies, and of their losses. With m removed, the step is
+            (1 / (n - m)) (H_S + damping I)^-1 times the sum of the gradients, H_S the mean over retain samples.
         damping: > 0, added to the diagonal; multiplied by 10 until the block is positive definite.
-        hessian: "exact" (Hessian-vector products) or "gauss_newton" (positive semidefinite
-            wherever the loss is convex in the outputs).
+        hessian: "exact", "gauss_newton" (positive semidefinite wherever the loss is convex in the outputs),
+            "fisher" (mean of g g^T on the given labels), or "reference", the public code's rank-one finite
+            difference, repaired; see :func:`fastunlearn.methods.curvature.matrix`.
         hessian_samples: samples that H_S is averaged over.
-        update: "sekhari" (above) or "single_sample" (H_S = hess_S loss(z), the reference code's "CR").
-        max_units: units that L-FOCI may choose per sample.
-        max_block: weights per block; units are taken in L-FOCI's order while they fit, the first one always.
+        reuse_hessian: keep the matrices of the last 8 blocks and take them again when the same units are chosen
+            again. They are averages over retain samples only, and stale by the weights moved since. Blocks solved by
+            conjugate gradients have no matrix to keep.
+        update: "sekhari" (above) or "single_sample" (H_S over the removed samples, the reference code's "CR").
+        solver: "cholesky" (block^2 memory; sees every direction in which the block is not positive definite), "cg"
+            (conjugate gradients on Hessian-vector products; sees those it visits, and takes long when the damping is
+            tiny), or "auto": Cholesky up to 512 weights, 2,048 with ``reuse_hessian``.
+        max_units: units that L-FOCI or chance may choose per removal.
+        max_block: weights per block; units are taken in order while they fit, the first one always. By default
+            2,048 with "cholesky", unlimited otherwise.
         batch_size: samples per forward and backward pass.
         loss_fn: (outputs, targets) -> one loss per sample; cross-entropy by default.
-        layers: names of the Linear, Conv1d and Conv2d layers whose units may be chosen; all trainable by
+        layers: names of the layers whose units may be chosen, see :mod:`fastunlearn.activations`; all trainable by
             default.
-        epsilon, delta, sensitivity: all three or none. They add Gaussian noise of standard deviation
-            sensitivity * sqrt(2 ln(1.25 / delta)) / epsilon to the block (the Gaussian mechanism,
-            epsilon < 1). It is (epsilon, delta)-indistinguishable only if ``sensitivity`` bounds the distance
-            to the retrained block, which no one has proven for deep networks.
-        seed: of perturbations, L-FOCI's noise, Hessian samples and the Gaussian mechanism.
+        privacy: adds Gaussian noise of :meth:`Privacy.deviation` to the block at each removal. Not a certificate.
+        budget: limits past which removals stop; ``Budget()`` if ``unlearn`` is given ``validation``, else none.
+        seed: of perturbations, L-FOCI's noise, random units, Hessian samples and the Gaussian noise.
         progress: show a progress bar.
     """
 
     perturbations: int = 1000
     noise: float = 0.1
+    tokens: int | None = None
+    vocabulary: Sequence[int] | None = None
+    protected: Sequence[int] = ()
+    select: Literal["foci", "random", "all"] = "foci"
+    group: bool = False
     damping: float = 0.01
-    hessian: Literal["exact", "gauss_newton"] = "exact"
+    hessian: Literal["exact", "gauss_newton", "fisher", "reference"] = "exact"
     hessian_samples: int = 256
+    reuse_hessian: bool = False
     update: Literal["sekhari", "single_sample"] = "sekhari"
+    solver: Literal["auto", "cholesky", "cg"] = "auto"
     max_units: int = 4
-    max_block: int = 2048
+    max_block: int | None = None
     batch_size: int = 256
     loss_fn: LossFunction | None = None
     layers: Sequence[str] | None = None
-    epsilon: float | None = None
-    delta: float | None = None
-    sensitivity: float | None = None
+    privacy: Privacy | None = None
+    budget: Budget | None = None
     seed: int = 0
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("perturbations", "hessian_samples", "max_units", "max_block", "batch_size"):
-            least = 2 if name == "perturbations" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        for name in ("perturbations", "hessian_samples", "max_units", "max_block", "batch_size", "tokens"):
+            value, least = getattr(self, name), 2 if name == "perturbations" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
         for name in ("noise", "damping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        if self.hessian not in ("exact", "gauss_newton"):
-            raise ValueError(f'hessian must be "exact" or "gauss_newton", got {self.hessian!r}')
-        if self.update not in ("sekhari", "single_sample"):
-            raise ValueError(f'update must be "sekhari" or "single_sample", got {self.update!r}')
-        given = [value is not None for value in (self.epsilon, self.delta, self.sensitivity)]
-        if any(given) != all(given):
-            raise ValueError("epsilon, delta and sensitivity go together: give all three or none")
-        if self.epsilon is not None and self.delta is not None and self.sensitivity is not None:
-            if not (0 < self.epsilon < 1 and 0 < self.delta < 1 and 0 < self.sensitivity < math.inf):
-                raise ValueError(
-                    "the Gaussian mechanism needs 0 < epsilon < 1, 0 < delta < 1 and sensitivity > 0, "
-                    f"got {self.epsilon}, {self.delta}, {self.sensitivity}"
-                )
+        choices = {
+            "hessian": KINDS,
+            "update": ("sekhari", "single_sample"),
+            "solver": ("auto", "cholesky", "cg"),
+            "select": ("foci", "random", "all"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                options = ", ".join(f'"{option}"' for option in known)
+                raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+        if self.reuse_hessian and (self.solver == "cg" or self.update == "single_sample"):
+            raise ValueError(
+                'reuse_hessian keeps matrices of retain samples: solver="cg" makes none, and update="single_sample" '
+                "takes the curvature of the removed sample alone"
+            )
 
-    def unlearn(self, model: nn.Module, forget: Batches, retain: Batches) -> Outcome:
+    def unlearn(self, model: nn.Module, forget: Batches, retain: Batches, validation: Batches | None = None) -> Outcome:
         """Remove every sample of ``forget`` in place, in the order they come; eval mode meanwhile.
 
         Args:
-            model: any module with float32 or float64 weights whose inputs are floating point.
+            model: any module with float32 or float64 weights.
             forget: re-iterable batches of the samples to remove, held in memory.
             retain: re-iterable batches of the other training samples; their number enters the step.
+            validation: re-iterable batches that a budget's drop is measured on. Given without a budget, removals
+                stop at ``Budget()``, a drop of 0.05 in accuracy.
 
         Returns:
             An :class:`~fastunlearn.outcome.Outcome`. ``details``: ``n`` (samples before any removal),
-            ``hessian_samples`` (those used), ``damping_raised`` (how many removals needed more damping), and
-            ``removals``, per sample a dict of ``units`` [(layer, unit)], their ``scores``, units ``left_out``
-            for ``max_block``, ``block`` (weights), ``damping``, ``step_norm``, ``loss_before`` and
-            ``loss_after``. A removal whose loss depends on no unit has no units and changes nothing.
+            ``hessian_samples`` (those used), ``damping_raised`` (how many removals needed more damping),
+            ``removals``, ``not_removed`` (forget samples still in, by index) and, past the budget, ``retrain_now``
+            (why) and ``rolled_back`` (the removals taken back, bit by bit); ``score_before`` and ``score`` where
+            validation was looked at; ``privacy`` says what the noise is not.
+
+            A removal is a dict: ``samples`` (indices), ``units`` [(layer, unit)], their ``scores`` (L-FOCI's), units
+            ``left_out`` for ``max_block``, ``block`` (weights), ``solver``, ``iterations``, ``residual``,
+            ``damping``, ``deviation`` (of the noise), ``step_norm`` (of what was added, noise included),
+            ``loss_before`` and ``loss_after`` (mean of a group), ``gradient_norm_before`` and
+            ``gradient_norm_after`` (of that loss over all trainable weights, one backward pass each) and
+            ``seconds``. A removal whose loss depends on no unit has no units and changes nothing.
 
         Raises:
-            TypeError: ``forget`` or ``retain`` cannot be iterated twice; integer inputs or outputs; weights
-                in half precision.
-            ValueError: an empty or malformed set; NaN or Inf in a weight, an input, a Hessian or a loss;
-                a BatchNorm in train mode; a loss that is not one per sample; no trainable layer; an unknown
-                name in ``layers``.
+            TypeError: a set that cannot be iterated twice; integer inputs that are not token ids; integer outputs;
+                weights in half precision.
+            ValueError: an empty or malformed set; NaN or Inf in a weight, an input, a Hessian or a loss; a
+                BatchNorm in train mode; a loss that is not one per sample; no trainable layer; an unknown name in
+                ``layers``; a budget with ``max_drop`` and no ``validation``, or the reverse.
             RuntimeError: a solve whose residual is not at rounding level.
             The model's weights are as they were whenever this raises, also half-way through the removals.
 
         Warns:
-            UserWarning: damping had to be raised.
+            UserWarning: damping had to be raised; "retrain now" past the budget.
 
-        Cost per sample: m forward passes, L-FOCI's m^2 * units multiply-adds per unit chosen, one
-        Hessian-vector product over ``hessian_samples`` per weight of the block (two for Gauss-Newton),
-        block^3 / 3. Memory: block^2 in float64 and a copy of the trainable layers.
+        Cost per removal: m forward passes (times the group), L-FOCI's m^2 * units multiply-adds per unit chosen, two
+        forward and backward passes of the sample, and the curvature over ``hessian_samples``: see
+        :func:`~fastunlearn.methods.curvature.matrix` (then block^3 / 3) and ``product`` (one per iteration).
+        Memory: two block^2 matrices in float64 and a copy of the trainable layers; with a budget one more copy of
+        the parameters that the block is in.
         """
         require_batches(forget, "forget")
         require_batches(retain, "retain")
+        if validation is not None:
+            require_batches(validation, "validation")
         require_finite(model)
         require_separable(model)
         device = device_of(model)
-        layers = _trainable_layers(model, self.layers)
-        outcome = Outcome("LCodec", asdict(self))
-        if self.loss_fn is not None:
-            outcome.settings["loss_fn"] = getattr(self.loss_fn, "__qualname__", repr(self.loss_fn))
-        removals: list[dict[str, Any]] = []
-        parameters = [p for module in layers.values() for p in module._parameters.values() if p is not None]
+        layers = trainable_layers(model, self.layers)
+        budget = Budget() if self.budget is None and validation is not None else self.budget
+        outcome = Outcome("LCodec", _plain(replace(self, budget=budget)))
+        parameters = [slab.parameter for module in layers.values() for slab in unit_parameters(module)]
+        verdict = None
         with (
             outcome.measured(device),
             preserved(model),
             torch.enable_grad(),
+            without_fused_attention(),
             restored_on_error(model, parameters) as before,
         ):
             model.eval()
             with outcome.phase("gather"):
-                samples = [b[i : i + 1] for b in read(forget, "forget", device) for i in range(b.size)]
-                for index, sample in enumerate(samples):
-                    _require_continuous(sample, index)
-                total = sum(b.size for b in read(retain, "retain", torch.device("meta"))) + len(samples)
-                pool = self._pool(retain, samples, total, device)
-            generator = torch.Generator().manual_seed(self.seed)
-            for index in track(range(len(samples)), "LCodec", self.progress):
-                removals.append(self._remove(model, layers, samples, index, total, pool, generator, outcome))
+                run = gather(self, model, layers, forget, retain, device, outcome)
+            with outcome.phase("validate"):
+                account = None if budget is None else Account(budget, model, validation)
+            count = len(run.samples)
+            todo = [list(range(count))] if self.group else [[i] for i in range(count)]
+            removals: list[dict[str, Any]] = []
+            for indices in track(todo, "LCodec", self.progress):
+                removals.append(remove(run, indices, account))
+                if account is not None:
+                    with outcome.phase("validate"):
+                        done = removals[-1]
+                        verdict = account.settle(done["step_norm"], done["gradient_norm_after"], indices is todo[-1])
+                    if verdict is not None:
+                        break
         for name, parameter, copy in before:
             outcome.count(name, copy, parameter)
-        raised = [r["damping"] for r in removals if r["damping"] > self.damping]
-        if raised:
-            warnings.warn(
-                f"LCodec raised the damping from {self.damping:g} to as much as {max(raised):g} for "
-                f"{len(raised)} of {len(removals)} removals, whose Hessian block was not positive definite; "
-                'hessian="gauss_newton" needs no such help',
-                UserWarning,
-                stacklevel=2,
-            )
-        outcome.details.update(
-            n=total,
-            hessian_samples=min(self.hessian_samples, total - 1) if self.update == "sekhari" else 1,
-            damping_raised=len(raised),
-            removals=removals,
-        )
+        _report(run, removals, account, verdict)
         return outcome
 
-    def _pool(self, retain: Batches, samples: list[Batch], total: int, device: torch.device) -> list[tuple[int, Batch]]:
-        """(-1 or index among the forget samples, sample) in a seeded order: any prefix is a uniform draw."""
-        count = total - len(samples)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        wanted = set([i for i in order if i < count][: self.hessian_samples])
-        held: dict[int, Batch] = {}
-        start = 0
-        for batch in read(retain, "retain", device):
-            for i in range(batch.size):
-                if start + i in wanted:
-                    held[start + i] = batch[i : i + 1]
-            start += batch.size
-        return [
-            (-1, held[i]) if i < count else (i - count, samples[i - count]) for i in order if i >= count or i in held
-        ]
 
-    def _remove(
-        self,
-        model: nn.Module,
-        layers: dict[str, nn.Module],
-        samples: list[Batch],
-        index: int,
-        total: int,
-        pool: list[tuple[int, Batch]],
-        generator: torch.Generator,
-        outcome: Outcome,
-    ) -> dict[str, Any]:
-        """One removal: choose the units, solve for their step, write it."""
-        sample, n = samples[index], total - index
-        with outcome.phase("select"):
-            units, scores = self._select(model, layers, sample, index, generator)
-        block = _Block(layers, units, self.max_block)
-        loss = self._losses(model, sample).sum()
-        report: dict[str, Any] = {
-            "sample": index,
-            "units": block.units,
-            "scores": scores[: len(block.units)],
-            "left_out": len(units) - len(block.units),
-            "block": block.size,
-            "damping": self.damping,
-            "step_norm": 0.0,
-            "loss_before": loss.item(),
-            "loss_after": loss.item(),
-        }
-        if not block.size:
-            return report
-        with (
-            outcome.phase("hessian"),
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # the fused kernels have no second derivative
-            gradient = block.flat(block.gradients(self._losses(model, sample).sum(), create_graph=False)).double()
-            if self.update == "sekhari":
-                # By index, not by value: a sample that occurs twice stays in once.
-                others = [held for origin, held in pool if origin == -1 or origin > index][: self.hessian_samples]
-            else:
-                others = [sample]
-            hessian = self._hessian(model, block, others)
-        with outcome.phase("solve"):
-            step, damping = _newton_step(hessian, gradient, self.damping, index)
-            step = step / (n - 1)
-            with torch.no_grad():
-                block.add_(step + self._mechanism(step, generator))
-                after = self._losses(model, sample).item()
-        if not math.isfinite(after):
-            raise ValueError(f"removal of forget sample {index} drives its loss to {after}; raise damping")
-        report.update(damping=damping, step_norm=step.norm().item(), loss_after=after)
-        return report
-
-    def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return per_sample_loss(self.loss_fn, batch.outputs(model), batch.targets, batch.size)
-
-    def _select(
-        self,
-        model: nn.Module,
-        layers: dict[str, nn.Module],
-        sample: Batch,
-        index: int,
-        generator: torch.Generator,
-    ) -> tuple[list[tuple[str, int]], list[float]]:
-        """The units on which the sample's loss depends under perturbation, most informative first."""
-        values, losses = [], []
-        units: list[tuple[str, int]] = []
-        for start in range(0, self.perturbations, self.batch_size):
-            copies = _perturbed(sample, min(self.batch_size, self.perturbations - start), self.noise, generator)
-            recorded = unit_activations(model, copies, list(layers))
-            with torch.no_grad():
-                losses.append(per_sample_loss(self.loss_fn, recorded.outputs, copies.targets, copies.size))
-            values.append(recorded.values)
-            units = recorded.units
-        try:
-            chosen = foci(
-                torch.cat(values),
-                torch.cat(losses),
-                noise=_JITTER,
-                seed=self.seed + index,
-                max_features=self.max_units,
-            )
-        except ValueError as error:
-            raise ValueError(f"perturbed forget sample {index}: {error} (activations or losses)") from error
-        return [units[j] for j in chosen.indices], chosen.scores
-
-    def _hessian(self, model: nn.Module, block: _Block, samples: list[Batch]) -> Tensor:
-        """Mean Hessian (or Gauss-Newton matrix) of the block over ``samples``, [size, size] in float64."""
-        total = torch.zeros(block.size, block.size, dtype=torch.float64, device=block.device)
-        for batch in _joined(samples, self.batch_size):
-            outputs = batch.outputs(model)
-            if self.hessian == "exact":
-                loss = per_sample_loss(self.loss_fn, outputs, batch.targets, batch.size).sum()
-                total += _exact_hessian(block, loss)
-            else:
-                if not isinstance(outputs, Tensor):
-                    raise TypeError(
-                        f'hessian="gauss_newton" needs a model that returns one tensor, got {type(outputs).__name__}'
-                    )
-
-                def losses(out: Tensor, batch: Batch = batch) -> Tensor:
-                    return per_sample_loss(self.loss_fn, out, batch.targets, batch.size).sum()
-
-                total += _gauss_newton(block, outputs, losses)
-        return total / len(samples)
-
-    def _mechanism(self, step: Tensor, generator: torch.Generator) -> Tensor:
-        if self.epsilon is None or self.delta is None or self.sensitivity is None:
-            return torch.zeros_like(step)
-        deviation = self.sensitivity * math.sqrt(2 * math.log(1.25 / self.delta)) / self.epsilon
-        return deviation * torch.randn(len(step), generator=generator, dtype=step.dtype).to(step.device)
+def _plain(value: Any) -> Any:
+    """A setting as it goes on record: dataclasses as dicts, functions and ranges by name, nothing copied."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return str(value) if isinstance(value, range) else value
 
 
-class _Block:
-    """The weights of the chosen units, as slices of parameters, in the model's order of layers."""
-
-    def __init__(self, layers: dict[str, nn.Module], units: Sequence[tuple[str, int]], limit: int) -> None:
-        self.units: list[tuple[str, int]] = []
-        rows: dict[int, list[int]] = {}  # per weight: two layers may share one
-        owner: dict[int, nn.Module] = {}
-        size = 0
-        for name, unit in units:
-            module = layers[name]
-            weight = cast(Tensor, module.weight)
-            known = rows.get(id(weight), [])
-            extra = weight[0].numel() + (_trainable_bias(module) is not None)
-            if unit in known or (self.units and size + extra > limit):
-                continue
-            rows[id(weight)] = [*known, unit]
-            owner[id(weight)] = module
-            size += extra
-            self.units.append((name, unit))
-        self.parts: list[tuple[nn.Parameter, Tensor]] = []
-        self.dense: list[bool] = []  # per part: of a Linear
-        for module in layers.values():
-            weight = cast(nn.Parameter, module.weight)
-            if owner.get(id(weight)) is module:
-                picked = torch.tensor(sorted(rows[id(weight)]), device=weight.device)
-                self.parts.append((weight, picked))
-                bias = _trainable_bias(module)
-                if bias is not None and all(bias is not parameter for parameter, _ in self.parts):
-                    self.parts.append((bias, picked))
-                self.dense += [isinstance(module, nn.Linear)] * (len(self.parts) - len(self.dense))
-        self.parameters = [parameter for parameter, _ in self.parts]
-        self.sizes = [len(picked) * parameter[0].numel() for parameter, picked in self.parts]
-        self.size = sum(self.sizes)
-        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
-
-    def gradients(self, loss: Tensor, create_graph: bool) -> list[Tensor]:
-        """Gradient of ``loss`` with respect to every part's whole parameter; zero where it does not enter."""
-        return _grad(loss, self.parameters, None, create_graph=create_graph)
-
-    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The block's entries of tensors shaped like its parameters, as one vector."""
-        return torch.cat([t[picked].reshape(-1) for t, (_, picked) in zip(tensors, self.parts, strict=True)])
-
-    def add_(self, step: Tensor) -> None:
-        for (parameter, picked), part in zip(self.parts, torch.split(step, self.sizes), strict=True):
-            parameter[picked] += part.reshape(len(picked), *parameter.shape[1:]).to(parameter.dtype)
-
-
-def _exact_hessian(block: _Block, loss: Tensor) -> Tensor:
-    """One Hessian-vector product per weight of the block; only the upper triangle of parts is computed.
-
-    A row of a late layer needs no second derivative of the layers before it: those entries are the transposes
-    of rows already there, and skipping them spares the backward pass through the early (convolutional)
-    layers.
-    """
-    gradients = block.gradients(loss, create_graph=True)
-    hessian = torch.zeros(block.size, block.size, dtype=torch.float64, device=loss.device)
-    start = 0
-    for part, size in enumerate(block.sizes):
-        wanted = gradients[part][block.parts[part][1]].reshape(-1)
-        parameters = block.parameters[part:]
-        # Several products in one pass where all is matrix products; vmap slows convolutions down threefold.
-        chunk = max(1, min(32, _BATCHED // sum(p.numel() for p in parameters))) if all(block.dense[part:]) else 1
-        for first in range(0, size, chunk):
-            last = min(first + chunk, size)
-            if chunk == 1:
-                rows = [g[None] for g in _grad(wanted, parameters, _one_hots(wanted, first, last)[0], False)]
-            else:
-                rows = _grad(wanted, parameters, _one_hots(wanted, first, last), False, batched=True)
-            hessian[start + first : start + last, start:] = torch.cat(
-                [g[:, picked].flatten(1) for g, (_, picked) in zip(rows, block.parts[part:], strict=True)], 1
-            )
-        start += size
-    return hessian.triu() + hessian.triu(1).mT
-
-
-def _gauss_newton(block: _Block, outputs: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """J^T (d^2 loss / d outputs^2) J, the sum over the batch.
-
-    J^T w is linear in w, so differentiating it again with respect to w gives J, column by column.
-    """
-    detached = outputs.detach().requires_grad_()
-    (slope,) = _grad(loss_of(detached), [detached], None, create_graph=True)
-    probe = torch.zeros_like(outputs, requires_grad=True)
-    pulled = _grad(outputs, block.parameters, probe, create_graph=True)
-    columns, curved = [], []
-    for part, size in enumerate(block.sizes):
-        wanted = pulled[part][block.parts[part][1]].reshape(-1)
-        for entry in range(size):
-            (column,) = _grad(wanted, [probe], _one_hots(wanted, entry, entry + 1)[0], create_graph=False)
-            (bent,) = _grad(slope, [detached], column, create_graph=False)
-            columns.append(column.reshape(-1))
-            curved.append(bent.reshape(-1))
-    product = torch.stack(columns).double() @ torch.stack(curved).double().mT
-    return (product + product.mT) / 2
-
-
-def _grad(
-    output: Tensor,
-    inputs: Sequence[Tensor],
-    weights: Tensor | None,
-    create_graph: bool,
-    batched: bool = False,
-) -> list[Tensor]:
-    """torch.autograd.grad that keeps the graph; zero where ``output`` does not depend on an input.
-
-    ``batched``: ``weights`` is [k, *output.shape], and so are the gradients.
-    """
-    lead = weights.shape[:1] if batched and weights is not None else ()
-    if not output.requires_grad:
-        return [t.new_zeros(*lead, *t.shape) for t in inputs]
-    found = torch.autograd.grad(
-        output,
-        list(inputs),
-        weights,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-    return [t.new_zeros(*lead, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
-
-
-def _one_hots(like: Tensor, first: int, last: int) -> Tensor:
-    """Rows ``first`` to ``last`` of the identity as large as the vector ``like``."""
-    rows = like.new_zeros(last - first, len(like))
-    rows.diagonal(first).fill_(1)
-    return rows
-
-
-def _newton_step(hessian: Tensor, gradient: Tensor, damping: float, index: int) -> tuple[Tensor, float]:
-    """(hessian + damping I)^-1 gradient, and the damping that made the matrix positive definite."""
-    if not bool(torch.isfinite(hessian).all() and torch.isfinite(gradient).all()):
-        raise ValueError(f"the gradient or Hessian block of forget sample {index} holds NaN or Inf")
-    identity = torch.eye(len(gradient), dtype=hessian.dtype, device=hessian.device)
-    while True:
-        system = hessian + damping * identity
-        factor, info = torch.linalg.cholesky_ex(system)
-        if int(info) == 0:
-            break
-        damping *= 10
-    step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-    residual = (system @ step - gradient).norm()
-    scale = torch.linalg.matrix_norm(system) * step.norm() + gradient.norm()
-    # Cholesky is backward stable: in float64 this quotient is about 1e-16 times the block size.
-    if float(residual) > 1e-10 * float(scale):
-        raise RuntimeError(f"forget sample {index}: the solve left a residual of {float(residual / scale):.1e}")
-    return step, damping
-
-
-def _trainable_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-        and (weight := module._parameters.get("weight")) is not None
-        and weight.requires_grad
-    }
-    unknown = [name for name in names or () if name not in found]
-    if unknown or not found:
-        raise ValueError(
-            f"{', '.join(map(repr, unknown)) or 'the model'} has no trainable Linear or convolution weight; "
-            f"trainable layers: {', '.join(map(repr, found)) or 'none'}"
+def _report(run: Run, removals: list[dict[str, Any]], account: Account | None, verdict: Verdict | None) -> None:
+    """Fill in the outcome's details, and warn once of each thing to be warned of."""
+    method, count = run.method, len(run.samples)
+    raised = [r["damping"] for r in removals if r["damping"] > method.damping]
+    if raised:
+        warnings.warn(
+            f"LCodec raised the damping from {method.damping:g} to as much as {max(raised):g} for "
+            f"{len(raised)} of {len(removals)} removals, whose Hessian block was not positive definite; "
+            'hessian="gauss_newton" needs no such help',
+            UserWarning,
+            stacklevel=3,
         )
-    chosen = found if names is None else {name: found[name] for name in found if name in set(names)}
-    for name, module in chosen.items():
-        dtype = cast(Tensor, module.weight).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"layer {name} is {dtype}; second derivatives need float32 or float64: model.float()")
-    return chosen
-
-
-def _trainable_bias(module: nn.Module) -> nn.Parameter | None:
-    bias = module._parameters.get("bias")
-    return bias if bias is not None and bias.requires_grad else None
-
-
-def _require_continuous(sample: Batch, index: int) -> None:
-    for value in tree_flatten((sample.args, sample.kwargs))[0]:
-        if not isinstance(value, Tensor):
-            continue
-        if not value.is_floating_point():
-            raise TypeError(
-                f"LCodec perturbs inputs with Gaussian noise, but an input is {value.dtype}; token and "
-                "other integer inputs are not supported: give the model floating-point ones (images / 255)"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"forget sample {index} has NaN or Inf in an input")
-
-
-def _perturbed(sample: Batch, copies: int, noise: float, generator: torch.Generator) -> Batch:
-    """``copies`` of one sample, every input tensor with its own Gaussian noise."""
-
-    def shake(t: Tensor) -> Tensor:
-        shape = (copies, *t.shape[1:])
-        return t + noise * torch.randn(shape, generator=generator, dtype=t.dtype).to(t.device)
-
-    args, kwargs = tree_map_only(Tensor, shake, (sample.args, sample.kwargs))
-    targets = tree_map_only(Tensor, lambda t: t.expand(copies, *t.shape[1:]), sample.targets)
-    return Batch(args, kwargs, targets, copies)
-
-
-def _joined(samples: list[Batch], size: int) -> Iterator[Batch]:
-    """The samples in batches of at most ``size``, those of equal shapes together."""
-    groups: dict[Any, list[Batch]] = {}
-    for sample in samples:
-        leaves = tree_flatten((sample.args, sample.kwargs, sample.targets))[0]
-        shapes = tuple(tuple(t.shape) for t in leaves if isinstance(t, Tensor))
-        groups.setdefault(shapes, []).append(sample)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            flat = [tree_flatten((s.args, s.kwargs, s.targets)) for s in part]
-            columns = zip(*(leaves for leaves, _ in flat), strict=True)
-            joined = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
-            args, kwargs, targets = tree_unflatten(joined, flat[0][1])
-            yield Batch(args, kwargs, targets, len(part))
+    stand = removals[: len(removals) - verdict.undone] if verdict is not None else removals
+    removed = {i for r in stand for i in r["samples"]}
+    averaged = run.total - (count if method.group or method.reuse_hessian else 1)
+    details = run.outcome.details
+    details.update(
+        n=run.total,
+        hessian_samples=min(method.hessian_samples, averaged) if run.pool else len(removals[0]["samples"]),
+        damping_raised=len(raised),
+        removals=stand,
+        not_removed=[i for i in range(count) if i not in removed],
+    )
+    if account is not None and account.score_before is not None:
+        details.update(score_before=account.score_before, score=account.score)
+    if method.privacy is not None:
+        details["privacy"] = _NO_CERTIFICATE
+    if verdict is not None:
+        details.update(retrain_now=verdict.reason, rolled_back=removals[len(stand) :])
+        warnings.warn(
+            f"retrain now: {verdict.reason}. The last {verdict.undone} removals were rolled back; "
+            f"{len(details['not_removed'])} of {count} samples are still in the model",
+            UserWarning,
+            stacklevel=3,
+        )
