@@ -210,6 +210,36 @@ def test_the_exact_step_lands_at_the_retrained_optimum(
     assert (problem.get() - goal).norm() * closer <= (start - goal).norm()
 
 
+class Residual(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.short = nn.Conv2d(before, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(inner + self.short(x))
+
+
+@pytest.mark.parametrize("kind", ["exact", "gauss_newton", "fisher"])
+def test_both_solvers_agree_on_filters_of_a_residual_network(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), Residual(6, 12, 2), Residual(12, 24, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    ).double().eval()  # fmt: skip
+    units = [("4.conv1", 3), ("4.conv2", 7), ("4.conv2", 20), ("7", 2), ("3.conv1", 1), ("4.short", 0)]
+    block = Block(trainable_layers(model, None), units, None)
+    assert block.size == 108 + 2 * 216 + 25 + 54 + 12
+    batches = [Batch((torch.randn(8, 3, 12, 12).double(),), {}, torch.arange(8) % 10, 8) for _ in range(2)]
+    g = gradient(model, block, batches[:1], None)
+    dense = newton_step(matrix(model, block, batches, None, kind), g, 0.1, "z")
+    iterated = newton_step(product(model, block, batches, None, kind), g, 0.1, "z", tolerance=1e-11)
+    assert dense.damping == iterated.damping == 0.1 and 0 < iterated.iterations < 200
+    assert (dense.step - iterated.step).norm() <= 1e-8 * dense.step.norm()
+
+
 # The Gaussian mechanism
 
 

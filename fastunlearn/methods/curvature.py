@@ -256,9 +256,7 @@ class _Call:
         step = max(1, _PASS // max(4 * size, 1))
         inputs = self.input.detach()
         rows = [
-            # A slice of the call is as good as the call: only shapes behind the first axis are read.
-            self.outer(deltas[i : i + step], self.patches(inputs[i : i + step]))
-            for i in range(0, len(inputs), step)
+            self.outer(deltas[i : i + step], self.patches(inputs[i : i + step])) for i in range(0, len(inputs), step)
         ]
         return torch.cat(rows)
 
@@ -331,12 +329,11 @@ class _Slices(TorchFunctionMode):
         weight = self.leaves[k]
         count, fan = len(weight), weight[0].numel()
         positions = units.numel() // max(1, self.samples * count)
-        batched = input.dim() == (input.dim() if func is F.linear else spatial + 2) and input.dim() > 1
-        named = isinstance(options[1], str)  # padding="same" and "valid"
+        batched = input.dim() > 1 if func is F.linear else input.dim() == spatial + 2
         if (
             not batched
             or len(input) != self.samples
-            or (named and func is not F.linear)
+            or isinstance(options[1], str)  # padding="same" and "valid"
             or (self.short_only and positions > fan)
         ):
             self.unrecorded |= {k} | ({b} if b is not None else set())
@@ -689,7 +686,8 @@ def _gauss_newton(model: nn.Module, block: Block, batch: Batch, loss_fn: LossFun
                 if row is not None:
                     curved[:, c] = row.reshape(batch.size, -1)
             wide = jacobian.double()
-            return wide.flatten(0, 1).mT @ (curved.double() @ wide).flatten(0, 1)
+            found: Tensor = wide.flatten(0, 1).mT @ (curved.double() @ wide).flatten(0, 1)
+            return found
     times = _linearised_gauss_newton(model, block, batch, loss_fn, 1)
     return torch.stack([times(row) for row in torch.eye(block.size, dtype=torch.float64, device=block.device)])
 
@@ -714,7 +712,7 @@ def _reference(
     with restored(model, parameters):
         with torch.no_grad():
             for parameter, g in zip(parameters, before, strict=True):
-                parameter -= (_REFERENCE_STEP * g).to(parameter.dtype)
+                parameter.sub_((_REFERENCE_STEP * g).to(parameter.dtype))
         length = float((start - block.values()).abs().sum())
         y = block.flat(before) - block.flat(whole())
     if not length:
