@@ -5,11 +5,10 @@
 
 ``run`` removes 100 images, drawn with a seed from the list, one call of ``unlearn`` each, from the block of weights
 that L-FOCI chooses, from as many units drawn at random, and from the full last layer, each beginning with the given
-model. Per removal it measures the image's loss and gradient norm just before and just after, and again on the final
-model; after every tenth the accuracy on the test images and the loss on 1,000 training images that are neither
-removed nor read for the Hessian. Writes record.json and table.md to --out (``draw`` makes the second from the
-first). ``try`` is how the damping was chosen: it walks L-FOCI's block through a grid on other images and looks at
-training images alone.
+model. Per removal it measures the image's loss and gradient norm just before and just after, and its loss on the final
+model; after every tenth the accuracy on the test images and the loss on 1,000 training images that stay. Writes
+record.json and table.md to --out (``draw`` makes the second from the first). ``try`` walks L-FOCI's block through a
+grid of settings on other images of the list and looks at training images alone.
 
 Losses and gradient norms are measured in float64: a Newton step of one image in 50,000 moves a memorised image's loss
 by less than float32 shows. Test accuracy runs in bfloat16 autocast. Inputs are normalised, so the perturbations' 0.1
@@ -51,14 +50,15 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 BASE = fu.LCodec(
-    perturbations=1_000, noise=0.1, damping=1e-5, hessian="gauss_newton", hessian_samples=256, max_units=16,
-    max_block=8_192, batch_size=250, loss_fn=cross_entropy, layers=HEAD, select="foci",
+    perturbations=1_000, noise=0.1, damping=1e-6, hessian="gauss_newton", hessian_samples=256, max_units=8,
+    max_block=8 * 513, batch_size=250, loss_fn=cross_entropy, layers=HEAD, select="foci",
 )  # fmt: skip
 GRID: list[dict[str, Any]] = [
     {"damping": 1e-2},
     {"damping": 1e-4},
     {"damping": 1e-5},
     {"damping": 1e-6},
+    {"damping": 1e-7},
     {"damping": 1e-1, "update": "single_sample"},
     {"damping": 1e-2, "update": "single_sample"},
     {"damping": 1e-3, "update": "single_sample"},
@@ -95,10 +95,11 @@ class Removals:
         return list(zip(self.x[k + 1 :].split(self.size), self.y[k + 1 :].split(self.size), strict=True))
 
 
-def draw_samples(n: int, listed: Tensor, removals: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to remove, out of the list, and training images to measure, out of it."""
+def draw_samples(n: int, listed: Tensor, removals: int, seed: int, trying: bool) -> tuple[Tensor, Tensor]:
+    """Indices to remove, from the list (``try``: from its other end), and training images to measure, not from it."""
     generator = torch.Generator().manual_seed(seed)
-    removed = listed[torch.randperm(len(listed), generator=generator)[:removals]]
+    order = listed[torch.randperm(len(listed), generator=generator)]
+    removed = order[-removals:] if trying else order[:removals]
     others = torch.ones(n, dtype=torch.bool)
     others[listed] = False
     order = others.nonzero().flatten()
@@ -244,9 +245,9 @@ def main() -> None:
     images = load_images(options.archive, "train")
     listed = torch.tensor(json.loads(options.forget.read_text()))
     trying = options.command == "try"
-    # Other images than ``run`` removes: its seeds are 0 and up.
-    seed = -1 - options.seed if trying else options.seed
-    removed, others = draw_samples(len(images), listed, options.removals, seed)
+    if not 0 < options.removals <= len(listed) // 2:
+        parser.error(f"--removals must be 1 to {len(listed) // 2}, half the list, got {options.removals}")
+    removed, others = draw_samples(len(images), listed, options.removals, options.seed, trying)
     sets: dict[str, Any] = {
         "original": load_model(options.model),
         "removals": Removals(images, removed),
