@@ -91,7 +91,10 @@ class Removals:
     def forget(self, k: int) -> list[tuple[Tensor, Tensor]]:
         return [(self.x[k : k + 1], self.y[k : k + 1])]
 
-    def retain(self, k: int) -> list[tuple[Tensor, Tensor]]:
+    def retain(self, k: int, update: str) -> list[tuple[Tensor, Tensor]]:
+        """All that stay; one image for the update that reads none, whose 1 / (n - 1) is then the public full step."""
+        if update == "single_sample":
+            return [(self.x[-1:], self.y[-1:])]
         return list(zip(self.x[k + 1 :].split(self.size), self.y[k + 1 :].split(self.size), strict=True))
 
 
@@ -144,7 +147,7 @@ def remove_all(
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damping that was raised is in the record
-            outcome = single.unlearn(model, sample, removals.retain(k))
+            outcome = single.unlearn(model, sample, removals.retain(k, single.update))
         seconds = time.perf_counter() - started
         removal = outcome.details["removals"][0]
         after = loss_and_gradient(model, sample[0])
@@ -179,8 +182,8 @@ def run(record: dict[str, Any], sets: dict[str, Any], update: list[str], out: Pa
             print(line(record["rows"][-1]), flush=True)
 
 
-# The mean Hessian of the others, with the step of one image in n; and the public code's second update, the image's
-# own Hessian and a full step.
+# The mean Hessian of the others, with the step of one image in n; and the public code's second update ("CR"): the
+# image's own Hessian, a full step, and its damping.
 UPDATES: dict[str, dict[str, Any]] = {
     "sekhari": {"update": "sekhari"},
     "single_sample": {"update": "single_sample", "damping": 1e-2},
