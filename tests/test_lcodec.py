@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastunlearn.data import Batch, cross_entropy
+from fastunlearn.data import Batch, cross_entropy, read
 from fastunlearn.methods.block import Block, trainable_layers
 from fastunlearn.methods.budget import Budget
+from fastunlearn.methods.curvature import gradient, matrix
 from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.methods.newton import Privacy
 
@@ -152,6 +153,21 @@ def test_step_is_the_formula(trained: nn.Module) -> None:
     assert torch.allclose(change, step, rtol=1e-7, atol=1e-12)
     assert removal["step_norm"] == pytest.approx(float(step.norm()), rel=1e-7)
     assert removal["damping"] == 10.0 and removal["block"] == block.size
+
+
+def test_the_single_sample_update_is_a_full_step_on_the_samples_own_curvature(trained: nn.Module) -> None:
+    """The public code's "CR": w_S <- w_S + (hess_S loss(z) + damping I)^-1 grad_S loss(z), for any n."""
+    model = copy.deepcopy(trained)
+    forget, retain = split(1)
+    sample = next(read(forget, "forget", torch.device("cpu")))
+    settings: dict[str, Any] = {**QUICK, "hessian": "gauss_newton", "update": "single_sample", "damping": 0.5}
+    chosen = LCodec(**{**settings, "select": "all", "layers": ["8"]}).unlearn(model, forget, retain)
+    block = Block(trainable_layers(trained, None), chosen.details["removals"][0]["units"], None)
+    with torch.enable_grad():
+        h, g = matrix(trained, block, [sample], None, "gauss_newton"), gradient(trained, block, [sample], None)
+    step = torch.linalg.solve(h + 0.5 * torch.eye(len(h)), g)
+    change = Block(trainable_layers(model, None), block.units, None).values() - block.values()
+    assert torch.allclose(change, step, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss_newton"])
@@ -381,6 +397,10 @@ def test_a_failure_half_way_undoes_the_removals_before_it(trained: nn.Module) ->
         ({"select": "last"}, "select"),
         ({"reuse_hessian": True, "solver": "cg"}, "reuse_hessian keeps matrices"),
         ({"reuse_hessian": True, "update": "single_sample"}, "reuse_hessian keeps matrices"),
+        (
+            {"privacy": Privacy(0.5, 0.01, 1.0, 1.0, 1.0), "update": "single_sample"},
+            "privacy bounds the step of update",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -91,10 +91,8 @@ class Removals:
     def forget(self, k: int) -> list[tuple[Tensor, Tensor]]:
         return [(self.x[k : k + 1], self.y[k : k + 1])]
 
-    def retain(self, k: int, update: str) -> list[tuple[Tensor, Tensor]]:
-        """All that stay; one image for the update that reads none, whose 1 / (n - 1) is then the public full step."""
-        if update == "single_sample":
-            return [(self.x[-1:], self.y[-1:])]
+    def retain(self, k: int) -> list[tuple[Tensor, Tensor]]:
+        """All that stay."""
         return list(zip(self.x[k + 1 :].split(self.size), self.y[k + 1 :].split(self.size), strict=True))
 
 
@@ -147,7 +145,7 @@ def remove_all(
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damping that was raised is in the record
-            outcome = single.unlearn(model, sample, removals.retain(k, single.update))
+            outcome = single.unlearn(model, sample, removals.retain(k))
         seconds = time.perf_counter() - started
         removal = outcome.details["removals"][0]
         after = loss_and_gradient(model, sample[0])

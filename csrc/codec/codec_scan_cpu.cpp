@@ -150,6 +150,25 @@ FASTUNLEARN_INLINE int64_t count_within(const T* values, int64_t count, T bound)
 }
 
 template <typename T>
+FASTUNLEARN_INLINE void flag_within(const T* values, int64_t count, T bound, uint8_t* flags) {
+  for (int64_t j = 0; j < count; ++j) flags[j] = values[j] <= bound;
+}
+
+template <typename T>
+FASTUNLEARN_INLINE void line_ranks(const T* values, const int32_t* ranks, int64_t count,
+                                   int32_t* lower, uint8_t* unclear) {
+  for (int64_t k = 0; k < count; ++k) {
+    const T below = values[k + 2] - values[k + 1], above = values[k + 3] - values[k + 2];
+    const int32_t neighbour = below < above ? ranks[k + 1] : ranks[k + 3];
+    lower[k] = neighbour < ranks[k + 2] ? neighbour : ranks[k + 2];
+    // Of values that occur twice the first row counts: the one above is that, the one below is not.
+    // Written so that NaN, the difference of infinities, is unclear too.
+    unclear[k] = !((below < above) | (above < below)) | !(below > 0) | !(above > 0) |
+                 (values[k] == values[k + 1]);
+  }
+}
+
+template <typename T>
 FASTUNLEARN_INLINE int64_t join_feature(T* row, const T* column, int64_t count, int64_t self) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   const T here = column[self];
@@ -217,6 +236,28 @@ int64_t count_within_cpu(const float* values, int64_t count, float bound) {
 FASTUNLEARN_CPU_CLONES
 int64_t count_within_cpu(const double* values, int64_t count, double bound) {
   return count_within(values, count, bound);
+}
+
+FASTUNLEARN_CPU_CLONES
+void flag_within_cpu(const float* values, int64_t count, float bound, uint8_t* flags) {
+  flag_within(values, count, bound, flags);
+}
+
+FASTUNLEARN_CPU_CLONES
+void flag_within_cpu(const double* values, int64_t count, double bound, uint8_t* flags) {
+  flag_within(values, count, bound, flags);
+}
+
+FASTUNLEARN_CPU_CLONES
+void line_ranks_cpu(const float* values, const int32_t* ranks, int64_t count, int32_t* lower,
+                    uint8_t* unclear) {
+  line_ranks(values, ranks, count, lower, unclear);
+}
+
+FASTUNLEARN_CPU_CLONES
+void line_ranks_cpu(const double* values, const int32_t* ranks, int64_t count, int32_t* lower,
+                    uint8_t* unclear) {
+  line_ranks(values, ranks, count, lower, unclear);
 }
 
 FASTUNLEARN_CPU_CLONES

@@ -47,6 +47,18 @@ void codec_scan_cpu(const CodecScan<double>& scan, int vectors, int64_t first, i
 int64_t count_within_cpu(const float* values, int64_t count, float bound);
 int64_t count_within_cpu(const double* values, int64_t count, double bound);
 
+// flags[j] = values[j] <= bound.
+void flag_within_cpu(const float* values, int64_t count, float bound, uint8_t* flags);
+void flag_within_cpu(const double* values, int64_t count, double bound, uint8_t* flags);
+
+// Sorted values[2 .. count + 1], two of -infinity before and one of +infinity behind, with the
+// ranks of their rows: lower[k] is the lesser of a row's rank and of its nearer neighbour's.
+// unclear[k]: both are equally near, or one of the values occurs twice, or is not finite.
+void line_ranks_cpu(const float* values, const int32_t* ranks, int64_t count, int32_t* lower,
+                    uint8_t* unclear);
+void line_ranks_cpu(const double* values, const int32_t* ranks, int64_t count, int32_t* lower,
+                    uint8_t* unclear);
+
 // row[j] += (column[j] - here)^2 for all j; the least j != self of the least sum, -1 if none is
 // finite.
 int64_t join_feature_cpu(float* row, const float* column, int64_t count, int64_t self);

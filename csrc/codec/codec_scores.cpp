@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -20,63 +21,109 @@
 namespace fastunlearn {
 namespace {
 
+// Calls visit(place) for every flag that is 1, ascending. flags [count, padded to a multiple of 8].
+template <typename Visit>
+void for_each_flag(uint8_t* flags, int64_t count, const Visit& visit) {
+  std::fill(flags + count, flags + (count + 7) / 8 * 8, uint8_t{0});
+  for (int64_t start = 0; start < count; start += 8) {
+    uint64_t word;  // eight flags; most words are 0 or nearly so
+    std::memcpy(&word, flags + start, sizeof(word));
+    if constexpr (std::endian::native == std::endian::big) word = __builtin_bswap64(word);
+    for (; word != 0; word &= word - 1) visit(start + std::countr_zero(word) / 8);
+  }
+}
+
 // ---- nothing chosen
 
-// One feature's keys and rows, sorted by least significant digit first: stable, so that rows stay
-// in order among equal keys.
-template <typename Key>
+// One feature's keys with their rows, sorted by least significant digit first: stable, so that rows
+// stay in order among equal keys.
+template <typename T>
 class SortedLine {
  public:
-  explicit SortedLine(int64_t rows)
-      : count_(rows), keys_(rows), rows_(rows), other_keys_(rows), other_rows_(rows) {}
+  using Key = LineKey<T>;
 
-  Key* keys() { return keys_.data(); }
-  const int32_t* rows() const { return rows_.data(); }
+  explicit SortedLine(int64_t rows)
+      : count_(static_cast<int>(rows)),
+        entries_(rows),
+        other_(rows),
+        keys_(rows),
+        rows_(rows),
+        values_(rows + 3),
+        ranks_(rows + 3),
+        lower_(rows),
+        unclear_((rows + 7) / 8 * 8) {
+    values_[0] = values_[1] = -std::numeric_limits<T>::infinity();
+    values_[rows + 2] = std::numeric_limits<T>::infinity();
+  }
+
+  void set(int64_t row, T value) { entries_[row] = {line_key(value), static_cast<int32_t>(row)}; }
+
+  // sum_i min(R_i, R_M(i)) of the feature that was set.
+  int64_t sum_of_ranks(const int32_t* rank) {
+    sort();
+    for (int place = 0; place < count_; ++place) {
+      keys_[place] = entries_[place].key;
+      rows_[place] = entries_[place].row;
+      values_[place + 2] = line_value<T>(entries_[place].key);
+      ranks_[place + 2] = rank[entries_[place].row];
+    }
+    // The nearer of the two neighbours; which it is stays unclear among equals and beside infinity.
+    int64_t sum = 0;
+    line_ranks_cpu(values_.data(), ranks_.data(), count_, lower_.data(), unclear_.data());
+    for (int place = 0; place < count_; ++place) sum += lower_[place];
+    for_each_flag(unclear_.data(), count_, [&](int64_t place) {
+      const int nearest =
+          nearest_on_line<T>(keys_.data(), rows_.data(), count_, static_cast<int>(place));
+      sum += (nearest < 0 ? 0 : std::min(ranks_[place + 2], rank[nearest])) - lower_[place];
+    });
+    return sum;
+  }
+
+ private:
+  struct Entry {
+    Key key;
+    int32_t row;
+  };
 
   void sort() {
     constexpr int kDigits = sizeof(Key), kBins = 256;
     int32_t counts[kDigits][kBins] = {};
-    for (int64_t i = 0; i < count_; ++i) {
-      rows_[i] = static_cast<int32_t>(i);
-      for (int d = 0; d < kDigits; ++d) ++counts[d][keys_[i] >> (8 * d) & 0xff];
+    for (const Entry& entry : entries_) {
+      for (int d = 0; d < kDigits; ++d) ++counts[d][entry.key >> (8 * d) & 0xff];
     }
     for (int d = 0; d < kDigits; ++d) {
-      if (counts[d][keys_[0] >> (8 * d) & 0xff] == count_) continue;  // all alike in this digit
+      if (counts[d][entries_[0].key >> (8 * d) & 0xff] == count_) continue;  // all alike here
       int32_t place = 0;
       for (int bin = 0; bin < kBins; ++bin) {
         const int32_t here = counts[d][bin];
         counts[d][bin] = place;
         place += here;
       }
-      for (int64_t i = 0; i < count_; ++i) {
-        const int32_t to = counts[d][keys_[i] >> (8 * d) & 0xff]++;
-        other_keys_[to] = keys_[i];
-        other_rows_[to] = rows_[i];
-      }
-      keys_.swap(other_keys_);
-      rows_.swap(other_rows_);
+      for (const Entry& entry : entries_) other_[counts[d][entry.key >> (8 * d) & 0xff]++] = entry;
+      entries_.swap(other_);
     }
   }
 
- private:
-  int64_t count_;
+  int count_;
+  std::vector<Entry> entries_, other_;
   std::vector<Key> keys_;
   std::vector<int32_t> rows_;
-  std::vector<Key> other_keys_;
-  std::vector<int32_t> other_rows_;
+  std::vector<T> values_;       // [n + 3]: two of -infinity before, one of +infinity behind
+  std::vector<int32_t> ranks_;  // [n + 3], of the rows in this order
+  std::vector<int32_t> lower_;  // [n]: min(R_i, R_M(i))
+  std::vector<uint8_t> unclear_;
 };
 
-constexpr int64_t kLineColumns = 16;  // sorted per task: whole cache lines of the feature matrix
+constexpr int64_t kLineColumns = 8;  // sorted per task: parts of cache lines of the feature matrix
 
 template <typename T>
 void score_lines(const CodecScoresDoor& door, int64_t* sums) {
   const auto* features = static_cast<const T*>(door.features.const_data_ptr());
   const int64_t n = door.rows, p = door.columns;
-  const int32_t* rank = door.rank();
   struct Scratch {
-    explicit Scratch(int64_t rows) : line(rows), keys(kLineColumns * rows) {}
-    SortedLine<LineKey<T>> line;
-    std::vector<LineKey<T>> keys;  // [kLineColumns, n]
+    explicit Scratch(int64_t rows) : line(rows), columns(kLineColumns * rows) {}
+    SortedLine<T> line;
+    std::vector<T> columns;  // [kLineColumns, n]
   };
   for_each_task((p + kLineColumns - 1) / kLineColumns, [&] { return Scratch(n); },
                 [&](Scratch& scratch, int64_t task) {
@@ -84,21 +131,13 @@ void score_lines(const CodecScoresDoor& door, int64_t* sums) {
                                 last = std::min(p, first + kLineColumns);
                   for (int64_t i = 0; i < n; ++i) {
                     for (int64_t c = first; c < last; ++c)
-                      scratch.keys[(c - first) * n + i] = line_key(features[i * p + c]);
+                      scratch.columns[(c - first) * n + i] = features[i * p + c];
                   }
                   for (int64_t c = first; c < last; ++c) {
                     if (!door.wanted()[c]) continue;
-                    const LineKey<T>* column = scratch.keys.data() + (c - first) * n;
-                    std::copy(column, column + n, scratch.line.keys());
-                    scratch.line.sort();
-                    int64_t sum = 0;
-                    for (int place = 0; place < n; ++place) {
-                      const int nearest = nearest_on_line<T>(
-                          scratch.line.keys(), scratch.line.rows(), static_cast<int>(n), place);
-                      if (nearest >= 0)
-                        sum += std::min(rank[scratch.line.rows()[place]], rank[nearest]);
-                    }
-                    sums[c] = sum;
+                    for (int64_t i = 0; i < n; ++i)
+                      scratch.line.set(i, scratch.columns[(c - first) * n + i]);
+                    sums[c] = scratch.line.sum_of_ranks(door.rank());
                   }
                 });
 }
@@ -109,12 +148,9 @@ void score_lines(const CodecScoresDoor& door, int64_t* sums) {
 template <typename T>
 class NearRows {
  public:
-  NearRows(const T* distances, int64_t rows) : rows_(rows) {
-    // Joined with a feature as wide as the one behind the distances, the nearest of n uniform
-    // points is farther than the first k in one case of e^(pi k^2 / 4n): 27,000 at k = sqrt(13 n).
-    wanted_ = std::min(rows - 1, static_cast<int64_t>(std::sqrt(13.0 * static_cast<double>(rows))));
-    most_ = wanted_ + wanted_ / 4;
-    lists_.capacity = most_ + 1;  // the last place takes what is not kept
+  NearRows(const T* distances, int64_t rows, int64_t wanted)
+      : rows_(rows), wanted_(wanted), most_(wanted + wanted / 4) {
+    lists_.capacity = most_;
     distances_ = std::make_unique_for_overwrite<T[]>(rows * lists_.capacity);
     places_ = std::make_unique_for_overwrite<int32_t[]>(rows * lists_.capacity);
     counts_.resize(rows);
@@ -125,7 +161,8 @@ class NearRows {
     lists_.radii = radii_.data();
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       T radius{1};
-      for (int64_t i = begin; i < end; ++i) fill(i, distances + i * rows, radius);
+      std::vector<uint8_t> flags((rows + 7) / 8 * 8);
+      for (int64_t i = begin; i < end; ++i) fill(i, distances + i * rows, radius, flags.data());
     });
   }
 
@@ -133,7 +170,7 @@ class NearRows {
 
  private:
   // Row i's list, of wanted_ to most_ rows. The search begins and ends at `radius`.
-  void fill(int64_t i, const T* distances, T& radius) {
+  void fill(int64_t i, const T* distances, T& radius, uint8_t* flags) {
     using Key = LineKey<T>;
     constexpr Key kFactorTwo = Key{1} << (sizeof(T) == 8 ? 52 : 23);
     // Bits of distances sort as they do, so that a bisection of them ends, whatever their scale.
@@ -163,18 +200,13 @@ class NearRows {
       radius = bound;
       break;
     }
-    int32_t* places = lists_.rows + i * lists_.capacity;
-    int64_t count = 0;
-    auto append = [&](int64_t first, int64_t last) {
-      for (int64_t j = first; j < last; ++j) {  // no branch: what is not kept is written over
-        places[count] = static_cast<int32_t>(j);
-        count += distances[j] <= radius;
-      }
-    };
-    append(0, i);
-    append(i + 1, rows_);
-    for (int64_t e = 0; e < count; ++e)
-      lists_.distances[i * lists_.capacity + e] = distances[places[e]];
+    flag_within_cpu(distances, rows_, radius, flags);
+    flags[i] = 0;
+    int64_t at = i * lists_.capacity;
+    for_each_flag(flags, rows_, [&](int64_t j) {
+      lists_.rows[at] = static_cast<int32_t>(j);
+      lists_.distances[at++] = distances[j];
+    });
   }
 
   int64_t rows_, wanted_, most_;
@@ -185,13 +217,48 @@ class NearRows {
   std::vector<T> radii_;
 };
 
+// How long the lists should be: the cheapest length for a sample of rows and candidates.
+template <typename T>
+int64_t list_length(const CodecScoresDoor& door, const T* features, const T* distances) {
+  constexpr int64_t kRows = 16, kCandidates = 32;
+  // Measured with AVX-512, per candidate, in units of an entry of a list: a row scanned in full
+  // costs 0.9 a row and 100 besides.
+  constexpr double kFullScan = 0.9, kStart = 100;
+  const int64_t n = door.rows, p = door.columns;
+  std::vector<T> column(n), joined(n);
+  std::vector<int64_t> needed;
+  for (int64_t c = p / (2 * kCandidates); c < p; c += (p + kCandidates - 1) / kCandidates) {
+    for (int64_t i = 0; i < n; ++i) column[i] = features[i * p + c];
+    for (int64_t i = n / (2 * kRows); i < n; i += (n + kRows - 1) / kRows) {
+      std::copy_n(distances + i * n, n, joined.data());
+      const int64_t nearest = join_feature_cpu(joined.data(), column.data(), n, i);
+      needed.push_back(nearest < 0 ? n : count_within_cpu(distances + i * n, n, joined[nearest]));
+    }
+  }
+  std::sort(needed.begin(), needed.end());
+  const auto samples = static_cast<int64_t>(needed.size());
+  int64_t best = 0;
+  double least = kFullScan * static_cast<double>(n) + kStart;
+  for (int64_t s = 0; s < samples; ++s) {
+    const double beyond = static_cast<double>(samples - 1 - s) / static_cast<double>(samples);
+    const double cost = 1.1 * static_cast<double>(needed[s]) +
+                        beyond * (kFullScan * static_cast<double>(n) + kStart);
+    if (cost < least) {
+      least = cost;
+      best = needed[s];
+    }
+  }
+  return std::min(best, n - 1);
+}
+
 template <typename T>
 void score_joined(const CodecScoresDoor& door, int64_t* sums) {
   const auto* features = static_cast<const T*>(door.features.const_data_ptr());
   const int64_t n = door.rows, p = door.columns;
   const std::vector<T> ranks(door.rank(), door.rank() + n);
   const auto* distances = static_cast<const T*>(door.distances->const_data_ptr());
-  const NearRows<T> near(distances, n);
+  const NearRows<T> near(distances, n,
+                         std::max<int64_t>(8, list_length(door, features, distances)));
   // Rows equally far from the first one are visited together: with one feature chosen, or two,
   // their lists then share most of their rows, which stay in the cache.
   std::vector<int32_t> order(n);

@@ -68,7 +68,9 @@ class LCodec:
         reuse_hessian: keep the matrices of the last 8 blocks and take them again when the same units are chosen
             again. They are averages over retain samples only, and stale by the weights moved since. Blocks solved by
             conjugate gradients have no matrix to keep.
-        update: "sekhari" (above) or "single_sample" (H_S over the removed samples, the reference code's "CR").
+        update: "sekhari" (above), or "single_sample", the public code's "CR": H_S is the mean Hessian over the removed
+            samples themselves, and the step is the full (H_S + damping I)^-1 times their mean gradient, without
+            1 / (n - 1): far larger, and no approximation of retraining.
         solver: "cholesky" (block^2 memory; sees every direction in which the block is not positive definite), "cg"
             (conjugate gradients on Hessian-vector products; sees those it visits, and takes long when the damping is
             tiny), or "auto": Cholesky up to 512 weights, 2,048 with ``reuse_hessian``.
@@ -131,6 +133,8 @@ class LCodec:
                 'reuse_hessian keeps matrices of retain samples: solver="cg" makes none, and update="single_sample" '
                 "takes the curvature of the removed sample alone"
             )
+        if self.privacy is not None and self.update == "single_sample":
+            raise ValueError('privacy bounds the step of update="sekhari", not that of update="single_sample"')
 
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches, validation: Batches | None = None) -> Outcome:
         """Remove every sample of ``forget`` in place, in the order they come; eval mode meanwhile.

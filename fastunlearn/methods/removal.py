@@ -123,7 +123,9 @@ def remove(run: Run, indices: list[int], account: Account | None) -> dict[str, A
             curvature = _curvature(run, block, indices)
         with run.outcome.phase("solve"):
             newton = newton_step(curvature, gradient, method.damping, what)
-            step = newton.step * (len(indices) / (n - len(indices)))
+            # The public code's "CR" minimises the removed samples' own loss model: its step is not one in n.
+            share = 1.0 if method.update == "single_sample" else len(indices) / (n - len(indices))
+            step = newton.step * share
             if method.privacy is not None:
                 report["deviation"] = method.privacy.deviation(len(indices), n)
                 noise = torch.randn(len(step), generator=run.generator, dtype=step.dtype).to(step.device)
