@@ -124,7 +124,7 @@ def foci(
     if n > _MOST_ROWS:
         raise ValueError(f"features has {n} rows; all their distances are held, so at most {_MOST_ROWS} are accepted")
     y = _response(response, n, x.device)
-    candidates = (x != x[:1]).any(0)
+    candidates = x.amin(0) != x.amax(0)
     if noise and p:
         # Centred first: beside a large mean, a float32 column would round the noise away.
         x = (x - x.mean(0)).contiguous()
@@ -169,11 +169,12 @@ def _columns(values: Any, name: str) -> Tensor:
     columns = columns.reshape(len(columns), -1).to(dtype) if columns.numel() else columns.reshape(len(columns), 0)
     if len(columns) < 2:
         raise ValueError(f"{name} has {len(columns)} row(s); a nearest neighbour needs at least 2")
-    bad = ~torch.isfinite(columns).all(0)
+    largest = torch.maximum(columns.amax(0), -columns.amin(0))  # NaN where there is one; no copy of the columns
+    bad = ~torch.isfinite(largest)
     if bool(bad.any()):
         raise ValueError(f"column {int(bad.nonzero()[0])} of {name} holds NaN or Inf")
     # Squares of float32 beyond these would overflow, or vanish and look like ties.
-    if columns.dtype == torch.float32 and columns.numel() and not 1e-12 < float(columns.abs().max()) < 1e12:
+    if columns.dtype == torch.float32 and columns.numel() and not 1e-12 < float(largest.max()) < 1e12:
         columns = columns.double()
     return columns
 

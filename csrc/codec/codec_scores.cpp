@@ -148,7 +148,7 @@ void score_lines(const CodecScoresDoor& door, int64_t* sums) {
 template <typename T>
 class NearRows {
  public:
-  NearRows(const T* distances, int64_t rows, int64_t wanted)
+  NearRows(const T* distances, const std::vector<int32_t>& order, int64_t rows, int64_t wanted)
       : rows_(rows), wanted_(wanted), most_(wanted + wanted / 4) {
     lists_.capacity = most_;
     distances_ = std::make_unique_for_overwrite<T[]>(rows * lists_.capacity);
@@ -162,7 +162,10 @@ class NearRows {
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       T radius{1};
       std::vector<uint8_t> flags((rows + 7) / 8 * 8);
-      for (int64_t i = begin; i < end; ++i) fill(i, distances + i * rows, radius, flags.data());
+      for (int64_t visit = begin; visit < end; ++visit) {
+        const int64_t i = order[visit];
+        fill(i, distances + i * rows, radius, flags.data());
+      }
     });
   }
 
@@ -220,35 +223,37 @@ class NearRows {
 // How long the lists should be: the cheapest length for a sample of rows and candidates.
 template <typename T>
 int64_t list_length(const CodecScoresDoor& door, const T* features, const T* distances) {
-  constexpr int64_t kRows = 16, kCandidates = 32;
-  // Measured with AVX-512, per candidate, in units of an entry of a list: a row scanned in full
-  // costs 0.9 a row and 100 besides.
-  constexpr double kFullScan = 0.9, kStart = 100;
+  constexpr int64_t kRows = 8, kShortest = 8;
+  // Measured with AVX-512 at n = 1,000 and 4,000, in units of a candidate's share of an entry.
+  constexpr double kFullScan = 2;
   const int64_t n = door.rows, p = door.columns;
+  const int64_t candidates = std::clamp<int64_t>(p / 16, 12, 64);
   std::vector<T> column(n), joined(n);
   std::vector<int64_t> needed;
-  for (int64_t c = p / (2 * kCandidates); c < p; c += (p + kCandidates - 1) / kCandidates) {
+  for (int64_t s = 0; s < candidates; ++s) {
+    const int64_t c = (2 * s + 1) * p / (2 * candidates);
     for (int64_t i = 0; i < n; ++i) column[i] = features[i * p + c];
-    for (int64_t i = n / (2 * kRows); i < n; i += (n + kRows - 1) / kRows) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t i = (2 * r + 1) * n / (2 * kRows);
       std::copy_n(distances + i * n, n, joined.data());
       const int64_t nearest = join_feature_cpu(joined.data(), column.data(), n, i);
       needed.push_back(nearest < 0 ? n : count_within_cpu(distances + i * n, n, joined[nearest]));
     }
   }
   std::sort(needed.begin(), needed.end());
-  const auto samples = static_cast<int64_t>(needed.size());
-  int64_t best = 0;
-  double least = kFullScan * static_cast<double>(n) + kStart;
-  for (int64_t s = 0; s < samples; ++s) {
-    const double beyond = static_cast<double>(samples - 1 - s) / static_cast<double>(samples);
-    const double cost = 1.1 * static_cast<double>(needed[s]) +
-                        beyond * (kFullScan * static_cast<double>(n) + kStart);
+  const auto samples = static_cast<double>(needed.size());
+  int64_t best = kShortest;
+  double least = kFullScan * static_cast<double>(n);
+  for (size_t s = 0; s < needed.size(); ++s) {
+    const double beyond = (samples - static_cast<double>(s)) / samples;  // this one still is
+    const double cost =
+        static_cast<double>(needed[s]) + beyond * kFullScan * static_cast<double>(n);
     if (cost < least) {
       least = cost;
       best = needed[s];
     }
   }
-  return std::min(best, n - 1);
+  return std::min(std::max(best, kShortest), n - 1);
 }
 
 template <typename T>
@@ -257,8 +262,6 @@ void score_joined(const CodecScoresDoor& door, int64_t* sums) {
   const int64_t n = door.rows, p = door.columns;
   const std::vector<T> ranks(door.rank(), door.rank() + n);
   const auto* distances = static_cast<const T*>(door.distances->const_data_ptr());
-  const NearRows<T> near(distances, n,
-                         std::max<int64_t>(8, list_length(door, features, distances)));
   // Rows equally far from the first one are visited together: with one feature chosen, or two,
   // their lists then share most of their rows, which stay in the cache.
   std::vector<int32_t> order(n);
@@ -267,12 +270,13 @@ void score_joined(const CodecScoresDoor& door, int64_t* sums) {
     const LineKey<T> x = line_key(distances[a]), y = line_key(distances[b]);  // also with NaN
     return x < y || (x == y && a < b);
   });
+  const NearRows<T> near(distances, order, n, list_length(door, features, distances));
 
   constexpr int64_t kLanes = kCodecLanes<T>, kWidth = kCodecVectors * kLanes;
   const int64_t tiles = (p + kWidth - 1) / kWidth;
   // Few tiles are cut by rows as well, so that all threads have enough of them.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pieces = std::clamp<int64_t>((8 * threads + tiles - 1) / tiles, 1, (n + 63) / 64);
+  const int64_t pieces = std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, (n + 63) / 64);
   const int64_t piece = (n + pieces - 1) / pieces;
   struct Scratch {
     std::vector<CacheLine> tile;
