@@ -11,9 +11,9 @@ SANITIZED := OMP_NUM_THREADS=1 FASTUNLEARN_TEST_BACKENDS=emulated ASAN_OPTIONS=d
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 setarch -R
 # --capture=sys: pytest would swallow the report of a process that dies. What is too large takes minutes here.
 OPERATOR_TESTS := -q -k "emulated and not too_large" --capture=sys -p no:cacheprovider tests/test_ops.py tests/test_reset.py \
-	tests/test_gram.py tests/test_lowrank.py tests/test_wgmma.py
+	tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py tests/test_wgmma.py
 
-.PHONY: all demo test lint format sanitize bench gpu-check clean
+.PHONY: all demo test lint format sanitize sanitize-address sanitize-thread bench gpu-check clean
 all: $(VENV)/built
 
 $(VENV)/requirements: requirements-dev.txt
@@ -43,10 +43,16 @@ format: $(VENV)/requirements
 	$(BIN)/ruff format --quiet .
 	git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' | xargs $(BIN)/clang-format -i
 
+# Side by side: each runs on one thread.
 sanitize: $(VENV)/built
+	$(MAKE) --jobs=2 sanitize-address sanitize-thread
+
+sanitize-address: $(VENV)/built
 	PATH="$(CURDIR)/$(BIN):$$PATH" FASTUNLEARN_SANITIZE=address \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	env $(SANITIZED) $(BIN)/python -m pytest $(OPERATOR_TESTS)
+
+sanitize-thread: $(VENV)/built
 	PATH="$(CURDIR)/$(BIN):$$PATH" FASTUNLEARN_SANITIZE=thread \
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	env $(SANITIZED) $(BIN)/python -m pytest $(OPERATOR_TESTS)

@@ -32,7 +32,7 @@ json.dump(info, open(sys.argv[1], "w"), indent=2)
 print(info)
 PY
 
-operators=(tests/test_ops.py tests/test_reset.py tests/test_gram.py tests/test_lowrank.py)
+operators=(tests/test_ops.py tests/test_reset.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py)
 if part test; then
   FASTUNLEARN_TEST_BACKENDS=cuda attempt "$python" -m pytest -q "${operators[@]}" -k "cuda or opcheck" \
     --junitxml="$out/tests.xml"
@@ -53,7 +53,7 @@ fi
 if part sanitize && command -v compute-sanitizer >/dev/null; then
   # The caching allocator hides overruns inside its own blocks.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTUNLEARN_TEST_BACKENDS=cuda
-  small="cuda and (test_repetition or repeat_their_bits or test_bits or test_dependent or test_nan_in_one)"
+  small="cuda and (test_repetition or repeat_their_bits or test_bits or test_dependent or test_nan_in_one or test_bad_number)"
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool" >>"$out/sanitizer.log"
     attempt timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x \

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastunlearn.codec import _columns, _neighbours, _ranks, _response
+from fastunlearn import ops
+from fastunlearn.codec import _MOST_ROWS, _columns, _neighbours, _ranks, _response
 
 # Permuted ranks, or pairwise distances, held at once.
 _BLOCK = 1 << 20
@@ -70,7 +71,9 @@ def codec_test(
         TypeError: complex or non-numeric input.
 
     Cost: one search of n^2 q multiply-adds and O(permutations n) after it; with ``given``, permutations + 2 searches
-    of n^2 (q + k) and 13 bytes * permutations * n held. Searches run on Z's device, permutations on the CPU.
+    of n^2 (q + k) and 13 bytes * permutations * n held. For one column of Z and no two rows equal in X they are one
+    call of :func:`fastunlearn.ops.codec_scores`, each permuted copy a candidate beside X: 8 n^2 bytes held at most.
+    Searches run on Z's device, permutations on the CPU.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be 1 or more, got {permutations}")
@@ -118,9 +121,19 @@ def _conditional_test(
         """sum(min(R_i, R_M(i))) with the given rows of Z beside X."""
         return int(np.minimum(rank, rank[_neighbours_in_ties(torch.cat([x, z[rows]], 1))]).sum())
 
-    observed = joined(torch.arange(len(z), device=z.device))
-    shuffles = torch.from_numpy(_local_permutations(x, permutations, k_perm, generator))
-    as_large = sum(joined(rows.to(z.device)) >= observed for rows in shuffles)
+    n = len(z)
+    shuffles = torch.from_numpy(_local_permutations(x, permutations, k_perm, generator)).to(z.device)
+    if z.shape[1] == 1 and n <= _MOST_ROWS and len(_groups(x)[1]) == n:
+        distances = x.new_zeros(n, n)
+        terms = torch.from_numpy(np.stack([rank, rank]).astype(np.int32)).to(z.device)
+        for column in x.T:
+            ops.codec_choose_(distances, terms, column.contiguous())
+        # T is increasing in the integer sum behind it, which decides alone: equal sums give equal bits.
+        first, *others = ops.codec_scores(torch.cat([z.T, z[:, 0][shuffles]]).T, terms, distances).tolist()
+        as_large = sum(other >= first for other in others)
+        return CodecTest(first, (1 + as_large) / (1 + permutations), permutations)
+    observed = joined(torch.arange(n, device=z.device))
+    as_large = sum(joined(rows) >= observed for rows in shuffles)
     closest = np.minimum(rank, rank[_neighbours_in_ties(x)])
     denominator = int((rank - closest).sum())
     numerator = observed - int(closest.sum())

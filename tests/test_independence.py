@@ -134,6 +134,18 @@ def test_multivariate_z_and_given() -> None:
     assert codec_test(x[:, 0], z, x, permutations=19).statistic == codec(x[:, 0], z, x)
 
 
+@pytest.mark.parametrize("n", [2, 3, 10, 64, 150])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_one_column_of_z_tests_as_it_does_beside_a_constant_one(n: int, columns: int) -> None:
+    """All permuted copies at once, as candidates beside X, against one search per permutation."""
+    g = np.random.default_rng(n)
+    x = g.normal(size=(n, columns))
+    z = np.round(x[:, 0] + g.normal(size=n), 1)
+    y = z + g.normal(size=n)
+    beside = np.stack([z, np.zeros(n)], 1)
+    assert codec_test(y, z, x, permutations=99) == codec_test(y, beside, x, permutations=99)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 63, 200])
 def test_statistic_without_ties_is_codec(n: int) -> None:
     # Three columns of distinct values; a grid of them would have equal distances.
