@@ -103,6 +103,23 @@ def test_chosen_features_that_are_all_equal_leave_no_row_nearer(backend: Backend
     same_rounds(backend, x, x[:, 1], [0, 0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distances_close_to_the_largest_number_are_searched_to_an_end(backend: Backend, dtype: torch.dtype) -> None:
+    """A row to which all others are equally near, beyond the last power of two, has no list of the usual length."""
+    x = grid(100, 3, dtype=dtype)
+    x[0, 0] = 1.5 * 2.0 ** (63 if dtype == torch.float32 else 511)
+    terms, distances = rank_terms(x[:, 1] + x[:, 2]), torch.zeros(100, 100, dtype=dtype)
+    reference.codec_choose_(distances, terms, x[:, 0])
+    scores = backend("codec_scores", *(t.to(backend.device) for t in (x, terms, distances)))
+    assert torch.equal(scores.cpu(), reference.codec_scores(x, terms, distances))
+
+
+def test_no_features_have_no_scores(backend: Backend) -> None:
+    terms = rank_terms(grid(20, 1)[:, 0]).to(backend.device)
+    for distances in (None, torch.zeros(20, 20, device=backend.device)):
+        assert backend("codec_scores", torch.zeros(20, 0, device=backend.device), terms, distances).shape == (0,)
+
+
 def test_many_equal_distances_beside_few_others(backend: Backend) -> None:
     x = grid(200, 5)
     x[:150, 0] = 0.5
@@ -168,6 +185,13 @@ def test_a_bad_number_in_the_distances_is_no_neighbour(backend: Backend) -> None
     distances[9, :] = distances[:, 9] = INF
     scores = backend("codec_scores", *(t.to(backend.device) for t in (x, terms, distances)))
     assert torch.equal(scores.cpu(), reference.codec_scores(x, terms, distances))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_bad_number_in_a_chosen_feature_is_nobodys_neighbour(backend: Backend, bad: float) -> None:
+    x, y = grid(130, 5), grid(130, 1)[:, 0]
+    x[[0, 70], 1] = bad
+    same_rounds(backend, x, y, [1, 2])
 
 
 def nearest_on_line(x: Tensor) -> Tensor:

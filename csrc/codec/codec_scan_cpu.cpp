@@ -182,7 +182,10 @@ FASTUNLEARN_INLINE int64_t join_feature(T* row, const T* column, int64_t count, 
   for (int64_t start = 0; start < count; start += kBlock) {
     T lowest[kBlock];
     const int64_t size = std::min(kBlock, count - start);
-    for (int64_t j = 0; j < kBlock; ++j) lowest[j] = j < size ? row[start + j] : kInfinity;
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const T value = j < size ? row[start + j] : kInfinity;
+      lowest[j] = value < kInfinity ? value : kInfinity;  // NaN would hide what it is compared with
+    }
     for (int64_t half = kBlock / 2; half > 0; half /= 2) {
       for (int64_t j = 0; j < half; ++j)
         lowest[j] = lowest[j + half] < lowest[j] ? lowest[j + half] : lowest[j];

@@ -178,18 +178,18 @@ class NearRows {
     constexpr Key kFactorTwo = Key{1} << (sizeof(T) == 8 ? 52 : 23);
     // Bits of distances sort as they do, so that a bisection of them ends, whatever their scale.
     const Key top = bits_of(std::numeric_limits<T>::max());
-    Key low = 0, high = top, middle = bits_of(radius);
+    Key low = 0, high = top + 1, middle = bits_of(radius);  // open sides: 0 and infinity
     for (;;) {
       const T bound = number_of(middle);
       const int64_t within = count_within_cpu(distances, rows_, bound) - (distances[i] <= bound);
       const bool many = within > most_, few = within < wanted_;
-      if ((many && middle > low) || (few && middle < high)) {
+      if ((many && middle > low) || (few && middle < top)) {
         if (many) {
           high = middle;
         } else {
           low = middle + 1;
         }
-        if (low > 0 && high < top) {
+        if (low > 0 && high <= top) {
           middle = low + (high - low) / 2;
         } else {  // one side is still open
           middle =
@@ -329,6 +329,7 @@ void score_joined(const CodecScoresDoor& door, int64_t* sums) {
 void codec_scores_cpu(const Tensor& scores, const Tensor& features, const Tensor& rank_terms,
                       const std::optional<Tensor>& distances, const Tensor& candidates) {
   const CodecScoresDoor door(scores, features, rank_terms, distances, candidates);
+  if (door.columns == 0) return;
   std::vector<int64_t> sums(door.columns);
   const bool wide = features.scalar_type() == ScalarType::Double;
   if (door.distances) {
