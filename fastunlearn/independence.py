@@ -132,12 +132,13 @@ def _conditional_test(
         first, *others = ops.codec_scores(torch.cat([z.T, z[:, 0][shuffles]]).T, terms, distances).tolist()
         as_large = sum(other >= first for other in others)
         return CodecTest(first, (1 + as_large) / (1 + permutations), permutations)
-    observed = joined(torch.arange(n, device=z.device))
-    as_large = sum(joined(rows) >= observed for rows in shuffles)
     closest = np.minimum(rank, rank[_neighbours_in_ties(x)])
     denominator = int((rank - closest).sum())
-    numerator = observed - int(closest.sum())
-    return CodecTest(numerator / denominator if denominator else 0.0, (1 + as_large) / (1 + permutations), permutations)
+    if denominator == 0:  # Y is a function of X already: T is 0, whatever the permutation
+        return CodecTest(0.0, 1.0, permutations)
+    observed = joined(torch.arange(n, device=z.device))
+    as_large = sum(joined(rows) >= observed for rows in shuffles)
+    return CodecTest((observed - int(closest.sum())) / denominator, (1 + as_large) / (1 + permutations), permutations)
 
 
 def _neighbours_in_ties(columns: Tensor) -> Integers:

@@ -155,6 +155,16 @@ def test_statistic_without_ties_is_codec(n: int) -> None:
     assert codec_test(y, z, np.empty((n, 0)), permutations=9) == codec_test(y, z, permutations=9)
 
 
+@pytest.mark.parametrize("beside", [0, 1])
+def test_a_response_that_the_given_explains_gives_no_evidence(beside: int) -> None:
+    """Neighbours in X have one Y, so T is 0 by its definition, permuted or not."""
+    g = np.random.default_rng(0)
+    y = np.repeat(np.arange(12), 2)
+    x = 10 * y + g.random(24)
+    z = np.stack([g.normal(size=24)] + [np.zeros(24)] * beside, 1)
+    assert codec_test(y, z, x, permutations=99) == CodecTest(0.0, 1.0, 99)
+
+
 def test_order_of_rows_changes_nothing_without_ties() -> None:
     y, z, x = np.random.default_rng(0).normal(size=(3, 60))
     order = np.argsort(y)
