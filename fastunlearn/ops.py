@@ -627,7 +627,8 @@ def codec_scores(
     """Conditional dependence T(Y, feature | chosen) of every candidate feature, in one pass.
 
     M(i) is the j that minimises distances[i, j] + (x_i - x_j)**2, the nearest neighbour of row i once the feature has
-    joined those behind ``distances``; of equally near rows the lowest. A row without any at a finite distance counts
+    joined those behind ``distances``; of equally near rows the lowest. Nothing chosen, M(i) is one of the rows beside i
+    in order of x, by |x_i - x_j|, whose square may overflow or vanish. A row without any at a finite distance counts
     as if its neighbour had rank 0. The sums are of integers: equal inputs give equal bits on any number of threads.
 
     Args:
@@ -643,8 +644,9 @@ def codec_scores(
         float64 [p]: T; 0 where its denominator is 0, -inf for features that are no candidates.
 
     Cost: nothing chosen, O(n log n) per feature (a sort); else n**2 fused multiply-adds and comparisons per feature on
-    CUDA, and about n * sqrt(13 n) on a CPU, where rows that do not settle among their nearest fall back on all n.
-    Nothing n x n is stored per feature. Source: Azadkia & Chatterjee 2021; Mehta et al. 2022 (L-FOCI).
+    CUDA. A CPU lists the rows nearest to each row once, as many as a sample of rows and candidates asks for (at worst
+    all n), and rows that do not settle among them fall back on all n. Nothing n x n is stored per feature. Source:
+    Azadkia & Chatterjee 2021; Mehta et al. 2022 (L-FOCI).
     """
     scores = torch.empty(features.shape[-1], dtype=torch.float64, device=features.device)
     if candidates is None:
