@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastunlearn import ops
 
-# Rows of pairwise distances worked on at once: 2^20 of them stay within the caches of a CPU core pair.
+# Pairwise distances worked on at once: 2^20 of them stay within the caches of a CPU core pair.
 _BLOCK = 1 << 20
 # n^3 has to fit an int64, n^2 an int32: the operators' limit.
 _MOST_ROWS = 46_340
@@ -51,7 +51,8 @@ def codec(response: Any, z: Any, given: Any | None = None) -> float:
         given: X [n] or [n, k]; None or k = 0 for the unconditional T.
 
     Raises:
-        ValueError: fewer than 2 rows, different numbers of rows, or NaN or Inf (the column is named).
+        ValueError: fewer than 2 rows, different numbers of rows, Z without columns, or NaN, Inf or 1e150 and more
+            (the column is named).
         TypeError: complex or non-numeric input.
 
     Cost: n log n for one column of Z alone, else n^2 (q + k) multiply-adds; distances in float32 where all features
@@ -59,6 +60,8 @@ def codec(response: Any, z: Any, given: Any | None = None) -> float:
     """
     z_columns = _columns(z, "z")
     y = _response(response, len(z_columns), z_columns.device)
+    if z_columns.shape[1] == 0:
+        raise ValueError("z has no columns, so Y can not depend on it")
     rank, above = _ranks(y)
     x_columns = z_columns[:, :0] if given is None else _columns(given, "given").to(z_columns.device)
     n = len(z_columns)
@@ -93,8 +96,9 @@ def foci(
     constant column tells nothing about Y and is never chosen. A constant response has no score above 0.
 
     Args:
-        features: [n, p] (or [n]); NumPy or torch. float32 keeps its distances in float32, half precision is
-            widened to float32, all else to float64.
+        features: [n, p] (or [n]); NumPy or torch. float32 keeps its distances in float32 unless the largest
+            magnitude of some column is outside 1e-12 to 1e12, half precision is widened to float32, all else to
+            float64.
         response: Y [n] (or [n, 1]).
         early_stop: stop when the best T is 0 or less; otherwise go on to ``max_features``.
         noise: standard deviation of Gaussian noise added to each column, as a share of the column's own
@@ -106,13 +110,14 @@ def foci(
         :class:`Foci`; its first score is the unconditional T(Y, feature).
 
     Raises:
-        ValueError: fewer than 2 rows or more than 46,340, different numbers of rows, NaN or Inf (the column is
-            named), ``noise`` < 0 or not finite, ``max_features`` < 0.
+        ValueError: fewer than 2 rows or more than 46,340, different numbers of rows, NaN, Inf or 1e150 and more
+            (the column is named), ``noise`` < 0 or not finite, ``max_features`` < 0.
         TypeError: complex or non-numeric input.
 
-    Cost: n p log n for the first feature; n^2 p fused multiply-adds for each further one on CUDA, and about
-    n^1.5 p on a CPU, where most rows settle among their sqrt(13 n) nearest. n^2 distances are held. On CUDA one
-    copy of two numbers to the host per feature. Source: Azadkia & Chatterjee 2021, section 5; Mehta et al. 2022
+    Cost: n p log n for the first feature; n^2 p fused multiply-adds for each further one on CUDA, and at most about
+    2 n^2 p on a CPU, far fewer where rows settle among their nearest: as many as a sample says. n^2 distances are
+    held, on a CPU also those lists, at worst as many entries again with their rows. On CUDA one copy of two numbers
+    to the host per feature. Source: Azadkia & Chatterjee 2021, section 5; Mehta et al. 2022
     for the noise.
     """
     if not 0 <= noise < float("inf"):
@@ -173,9 +178,14 @@ def _columns(values: Any, name: str) -> Tensor:
     bad = ~torch.isfinite(largest)
     if bool(bad.any()):
         raise ValueError(f"column {int(bad.nonzero()[0])} of {name} holds NaN or Inf")
-    # Squares of float32 beyond these would overflow, or vanish and look like ties.
-    if columns.dtype == torch.float32 and columns.numel() and not 1e-12 < float(largest.max()) < 1e12:
+    # Squares beyond these would overflow, or vanish and look like ties: in any column, not just in the largest.
+    if columns.dtype == torch.float32 and bool(((largest >= 1e12) | (largest <= 1e-12) & (largest > 0)).any()):
         columns = columns.double()
+    elif bool((large := largest >= 1e150).any()):
+        column = int(large.nonzero()[0])
+        raise ValueError(
+            f"column {column} of {name} reaches {float(largest[column]):.0e}, whose square overflows; scale"
+        )
     return columns
 
 
@@ -188,6 +198,13 @@ def _response(values: Any, rows: int, device: torch.device) -> Tensor:
         raise ValueError(f"response must be [n] or [n, 1], got shape {list(y.shape)}")
     if len(y) != rows:
         raise ValueError(f"response has {len(y)} rows and the features have {rows}; one row per sample in both")
+    # torch sorts and searches neither bool, nor unsigned, nor 8-bit floating-point numbers; what follows is exact.
+    if y.is_floating_point():
+        y = y.float() if y.element_size() < 4 else y
+    elif y.dtype == torch.uint64:
+        y = y.view(torch.int64) ^ torch.iinfo(torch.int64).min  # the order of the unsigned numbers
+    else:
+        y = y.long()
     if y.is_floating_point() and not bool(torch.isfinite(y).all()):
         raise ValueError("response holds NaN or Inf")
     return y.reshape(-1).contiguous()

@@ -138,7 +138,7 @@ def test_views_give_the_same_as_copies() -> None:
 
 def test_more_rows_than_the_operators_take_are_refused_by_foci() -> None:
     x = torch.arange(46_341.0)
-    with pytest.raises(ValueError, match="46341 rows.*at most 46340"):
+    with pytest.raises(ValueError, match=r"46341 rows.*at most 46340"):
         foci(x, x)
 
 
@@ -159,6 +159,31 @@ def test_float32_distances_that_would_overflow_or_vanish_are_still_told_apart(sc
     x = draw(150, 4, dtype=torch.float32)
     y = x[:, 0] * x[:, 1]
     assert foci(x * scale, y).indices == foci(x, y).indices
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_one_float32_column_of_another_scale_is_still_told_apart(scale: float) -> None:
+    x = draw(300, 4, dtype=torch.float32)
+    y = x[:, 0] + 0.3 * x[:, 1] ** 2
+    x[:, 0] *= scale
+    assert foci(x, y, early_stop=False) == foci(x.double(), y, early_stop=False)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "float16"])
+def test_any_real_dtype_of_the_response_is_ranked(dtype: str) -> None:
+    x = draw(100, 3).numpy()
+    y = np.round(x[:, 1] + 3).clip(0, 1 if dtype == "bool" else 6)
+    narrow = y.astype(dtype)
+    assert foci(x, narrow) == foci(x, torch.from_numpy(narrow)) == foci(x, y)
+    assert codec(narrow, x[:, 1], x[:, 0]) == codec(y, x[:, 1], x[:, 0])
+
+
+def test_unsigned_responses_beyond_int64_keep_their_order() -> None:
+    z = np.arange(8)
+    y = np.array([0, 2**64 - 1, 2**63, 1, 5, 2**63 - 1, 2**63 + 1, 2], dtype=np.uint64)
+    assert codec(y, z) == codec(y.argsort().argsort(), z)
+    eighth = torch.tensor([0.5, -2.0, 8.0, 1.0]).to(torch.float8_e4m3fn)
+    assert codec(eighth, z[:4]) == codec(eighth.float(), z[:4])
 
 
 def test_noise_is_seeded_and_breaks_ties_at_random() -> None:
@@ -231,6 +256,13 @@ def test_bad_columns_are_named(bad: float) -> None:
         (lambda: foci(draw(4, 2), [1, 2, 3, 4], noise=-1.0), ValueError, "noise"),
         (lambda: foci(draw(4, 2), [1, 2, 3, 4], noise=float("nan")), ValueError, "noise"),
         (lambda: foci(draw(4, 2), [1, 2, 3, 4], max_features=-1), ValueError, "max_features"),
+        (lambda: codec([1, 2, 3], torch.zeros(3, 0)), ValueError, "z has no columns"),
+        (
+            lambda: codec(draw(4, 1), draw(4, 2) * 1e160),
+            ValueError,
+            "column 0 of z reaches .*e\\+1.*, whose square over",
+        ),
+        (lambda: foci(np.array([[1, 1e151], [2, 3]]), [1, 2]), ValueError, "column 1 of features reaches 1e\\+151"),
         (lambda: codec([1, 2], torch.zeros(2, dtype=torch.complex64)), TypeError, "real"),
         (lambda: codec(torch.zeros(2, dtype=torch.complex64), [1, 2]), TypeError, "real"),
     ],
