@@ -72,7 +72,8 @@ def codec_test(
 
     Cost: one search of n^2 q multiply-adds and O(permutations n) after it; with ``given``, permutations + 2 searches
     of n^2 (q + k) and 13 bytes * permutations * n held. For one column of Z and no two rows equal in X they are one
-    call of :func:`fastunlearn.ops.codec_scores`, each permuted copy a candidate beside X: 8 n^2 bytes held at most.
+    call of :func:`fastunlearn.ops.codec_scores`, each permuted copy a candidate beside X: n^2 distances, that
+    operator's lists and 24 bytes * permutations * n held.
     Searches run on Z's device, permutations on the CPU.
     """
     if permutations < 1:
