@@ -126,12 +126,12 @@ def test_numpy_and_torch_give_the_same() -> None:
 def test_views_give_the_same_as_copies() -> None:
     x = draw(60, 5)
     y = x[:, 1] * x[:, 3]
-    array = np.array(x)
+    array = x.numpy().copy()
     for noise in (0.0, 0.1):
         expected = foci(x, y, noise=noise, early_stop=False)
         assert foci(x.T.contiguous().T, y, noise=noise, early_stop=False) == expected
         backwards = np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1]
-        assert foci(backwards, np.array(y)[::-1].copy()[::-1], noise=noise, early_stop=False) == expected
+        assert foci(backwards, y.numpy()[::-1].copy()[::-1], noise=noise, early_stop=False) == expected
     array.flags.writeable = False
     assert foci(array, y) == foci(x, y)
 
