@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn.data import Batch, cross_entropy, read
+from fastunlearn.hooks import full_precision
 from fastunlearn.methods.block import Block, trainable_layers
 from fastunlearn.methods.budget import Budget
 from fastunlearn.methods.curvature import gradient, matrix
@@ -214,6 +215,53 @@ def test_modes_hooks_gradients_and_random_state_are_put_back(trained: nn.Module)
     assert "0.weight" not in outcome.changed
     with torch.no_grad():
         LCodec(**QUICK).unlearn(model, *split(1))
+
+
+def weights_after_removal(model: nn.Module) -> Tensor:
+    LCodec(**QUICK).unlearn(model, *split(2, next(model.parameters()).dtype))
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_autocast_around_a_removal_changes_nothing(trained: nn.Module) -> None:
+    plain = weights_after_removal(copy.deepcopy(trained).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(weights_after_removal(copy.deepcopy(trained).float()), plain)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_inference_mode_around_a_removal_changes_nothing(trained: nn.Module) -> None:
+    plain, model = weights_after_removal(copy.deepcopy(trained)), copy.deepcopy(trained)
+    with torch.inference_mode():
+        weights = weights_after_removal(model)
+    assert torch.equal(weights, plain)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_compiled_model_runs_its_python_code(trained: nn.Module, used: bool) -> None:
+    plain, model = weights_after_removal(copy.deepcopy(trained)), copy.deepcopy(trained)
+    compiled: Any = torch.compile(model, backend="eager")
+    if used:  # a graph from before calls no hooks
+        with torch.no_grad():
+            compiled(split(2)[0][0][0])
+    assert torch.equal(weights_after_removal(compiled), plain)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_are_in_full_precision_meanwhile_and_as_chosen_afterwards(device: str) -> None:
+    known: Any = torch.backends
+    backends = {
+        "cpu": (known.mkldnn.conv, known.mkldnn.matmul, known.mkldnn.rnn),
+        "cuda": (known.cudnn.conv, known.cuda.matmul, known.cudnn.rnn),
+    }[device]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        chosen = [b.fp32_precision for b in backends]
+        with full_precision(torch.device(device)):
+            assert [b.fp32_precision for b in backends] == ["ieee"] * 3
+        assert [b.fp32_precision for b in backends] == chosen != ["ieee"] * 3
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_only_units_of_the_named_layers_are_chosen(trained: nn.Module) -> None:

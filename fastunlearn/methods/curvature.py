@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fastunlearn.data import Batch, LossFunction, per_sample_loss
-from fastunlearn.hooks import preserved, require_separable, restored
+from fastunlearn.hooks import eager, full_precision, preserved, require_separable, restored
 from fastunlearn.methods.block import Block
 
 KINDS = ("exact", "gauss_newton", "fisher", "reference")
@@ -179,13 +179,13 @@ def _samples(batches: Sequence[Batch]) -> int:
 
 @contextmanager
 def _working(model: nn.Module, block: Block, batches: Sequence[Batch]) -> Iterator[None]:
-    """Gradients on for the block's parameters and for nothing else, all put back afterwards."""
+    """Full precision, gradients on for the block's parameters and for nothing else, all put back afterwards."""
     if not block.size:
         raise ValueError("the block is empty: it has no curvature")
     if not _samples(batches):
         raise ValueError("no sample to take the curvature from")
     require_separable(model)
-    with preserved(model), torch.enable_grad():
+    with eager(), full_precision(block.device), preserved(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in block.parameters:
