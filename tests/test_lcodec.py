@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -454,6 +455,12 @@ def test_a_failure_half_way_undoes_the_removals_before_it(trained: nn.Module) ->
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LCodec(**settings)
+
+
+def test_a_mapping_of_another_class_is_moved_to_the_device() -> None:
+    batch: UserDict[str, Tensor] = UserDict(input_ids=torch.zeros(2, 3), labels=torch.zeros(2))
+    (found,) = read([batch], "forget", torch.device("meta"))
+    assert found.kwargs["input_ids"].device.type == found.targets.device.type == "meta"
 
 
 def test_dict_batches_work() -> None:

@@ -633,7 +633,7 @@ def _per_sample(slices: _Slices, output: Tensor, weights: Tensor) -> Tensor:
 
 
 def _close(block: Block, found: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two vectors over the block, computed in ``dtype``, differ by rounding alone, or both hold NaN.
+    """Whether two vectors over the block, computed in ``dtype``, differ by rounding alone; NaN counts as close.
 
     Each part is held to its own size, so that a wrong one is not lost beside a large one.
     """
