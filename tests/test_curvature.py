@@ -313,6 +313,27 @@ def test_samples_that_see_one_another_fall_back_to_products() -> None:
     assert close(times(torch.eye(case.block.size, dtype=torch.float64)), truth)
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(make, kind) for make in (mlp, shared) for kind in ("exact", "gauss_newton", "fisher")] + [(images, "exact")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_samples_that_do_not_see_one_another_take_no_second_way(
+    make: Callable[[], Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a wrong short way would go unnoticed: its result is thrown away, only slowly."""
+    torch.manual_seed(0)
+    case, verdicts, real = make(), [], curvature._close
+
+    def close_to(*args: Any) -> bool:
+        verdicts.append(real(*args))
+        return verdicts[-1]
+
+    monkeypatch.setattr(curvature, "_close", close_to)
+    matrix(case.model, case.block, case.batches(), case.loss_fn, kind)
+    assert verdicts and all(verdicts)
+
+
 class Centred(nn.Module):
     """Subtracts a share of the batch's mean, so that samples see one another."""
 

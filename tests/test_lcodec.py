@@ -22,6 +22,7 @@ from fastunlearn.methods.budget import Budget
 from fastunlearn.methods.curvature import gradient, matrix
 from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.methods.newton import Privacy
+from fastunlearn.methods.samples import drawn
 
 Pair = tuple[Tensor, Tensor]
 QUICK: dict[str, Any] = {"perturbations": 120, "hessian_samples": 32}
@@ -706,6 +707,30 @@ def test_a_budget_rolls_the_last_removal_back_bit_by_bit_and_says_retrain_now(tr
         assert torch.equal(value, other), name
         changed = int((value != trained.state_dict()[name]).sum())
         assert outcome.changed.get(name, 0) == changed
+
+
+def test_a_removal_from_every_layer_is_rolled_back_from_every_layer(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained)
+    method = LCodec(**QUICK, select="all", hessian="gauss_newton", budget=Budget(max_drop=None, max_step_norm=0.0))
+    with pytest.warns(UserWarning, match="retrain now"):
+        outcome = method.unlearn(model, *split(1))
+    assert len({name for name, _ in outcome.details["rolled_back"][0]["units"]}) > 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+    assert not any(outcome.changed.values())
+
+
+def test_hessian_samples_are_a_seeded_draw_from_retained_and_not_yet_removed_samples() -> None:
+    retain = [(torch.arange(40.0)[:, None], torch.zeros(40, dtype=torch.long))]
+    forget = [Batch((torch.tensor([[100.0 + i]]),), {}, torch.zeros(1), 1) for i in range(40)]
+    draws = [drawn(retain, forget, 80, 20, seed, torch.device("cpu")) for seed in (0, 0, 1)]
+    first, again, other = ([batch.args[0].item() for _, batch in draw] for draw in draws)
+    assert first == again != other
+    assert all(
+        origin == (-1 if value < 40 else value - 100) for (origin, _), value in zip(draws[0], first, strict=True)
+    )
+    assert len({v for v in first if v < 40}) == 20 and {v for v in first if v >= 100} == {100.0 + i for i in range(40)}
+    assert 8 <= sum(v < 40 for v in first[:32]) <= 24  # of a uniform draw, half
+    assert max(v for v in first[:32] if v < 40) > 20  # not the first batches
 
 
 def test_validation_alone_sets_the_budget_of_a_drop_of_a_twentieth(trained: nn.Module) -> None:
