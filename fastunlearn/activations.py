@@ -155,5 +155,5 @@ def _require_samples(name: str, output: Tensor, size: int) -> None:
     if output.dim() < 2 or len(output) != size:
         raise ValueError(
             f"layer {name} returns {list(output.shape)} for a batch of {size} samples; "
-            "unit activations need the samples along its first axis"
+            "unit activations need the samples along its first axis; name the layers that have them there in layers="
         )

@@ -82,6 +82,8 @@ def read(batches: Batches, name: str, device: torch.device) -> Iterator[Batch]:
 
 
 def _batch(raw: Any, name: str, device: torch.device) -> Batch:
+    if isinstance(raw, Mapping):
+        raw = dict(raw)  # what Hugging Face's collators return is a leaf to tree_map
     raw = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), raw)
     if isinstance(raw, Mapping):
         if "labels" not in raw:

@@ -9,7 +9,6 @@ squares at once, and dropped: what the layer was given and the gradient of what 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from fastunlearn.data import (
     read,
 )
 from fastunlearn.graph import Taps
-from fastunlearn.hooks import Call, device_of, preserved, recording, require_finite, require_separable
+from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
 from fastunlearn.planning import (
     Observed,
@@ -204,7 +203,7 @@ def fisher_diagonal(
         raise ValueError("forward hooks of all modules are registered, and may change what layers return; remove them")
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    with _eager(), preserved(model), torch.enable_grad():
+    with eager(), preserved(model), torch.enable_grad():
         targets = _select(model, params)
         chosen = {id(p) for p in targets.values()}
         for parameter in model.parameters():
@@ -233,11 +232,6 @@ def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Para
         if parameter._backward_hooks:
             raise ValueError(f"{name} has hooks that change its gradient; remove them, or pass params= without it")
     return chosen
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled models run their Python code: a compiled graph calls no hooks. Costs nothing where none can exist."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -6,8 +6,9 @@ here needs the model rewritten, wrapped or in a ``Sequential``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,14 @@ class Call:
 def recording(modules: Iterable[nn.Module], on_call: Callable[[Call], None]) -> Iterator[None]:
     """Call ``on_call`` after every forward of ``modules``, with what they returned before hooks of others changed it;
     the hooks are gone afterwards, also on an exception."""
+    chosen = set(modules)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        on_call(Call(module, args, kwargs, output))
+        if module in chosen:  # a copy that the forward pass makes of a module has the hook, too
+            on_call(Call(module, args, kwargs, output))
 
     with ExitStack() as stack:
-        for module in modules:
+        for module in chosen:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
         yield
 
@@ -79,6 +82,33 @@ def without_fused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Compiled models run their Python code: a compiled graph calls no hooks. Costs nothing where none can exist."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 stays float32: no autocast, no TF32 or bfloat16 products, whatever the caller has chosen.
+
+    Second derivatives need it. Conjugate gradients do not get below the rounding of TF32, which torch allows in
+    convolutions on CUDA by default; and autocast goes on with its cached casts of weights that have moved since.
+    """
+    backends: Any = torch.backends
+    switches = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul]
+    if device.type == "cpu":
+        switches = [backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul]
+    chosen = [switch.fp32_precision for switch in switches]
+    with torch.autocast(device.type, enabled=False):
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(switches, chosen, strict=True):
+                switch.fp32_precision = precision
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,20 @@ def test_unit_activations_put_modes_hooks_and_random_state_back_after_an_excepti
     assert model.training and model.drop.training
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_copy_that_the_forward_pass_makes_of_a_layer_is_not_the_layer() -> None:
+    class Copying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y + copy.deepcopy(self.layer)(2 * x).detach()
+
+    model, x = Copying(), torch.randn(4, 3)
+    assert torch.equal(unit_activations(model, x).values, model.layer(x))
 
 
 def test_unit_activations_refuse_what_they_cannot_attribute() -> None:

@@ -46,6 +46,14 @@ def test_a_drop_of_just_the_limit_is_within_it() -> None:
     assert move(account, layer, -1.0) is None
 
 
+def test_a_twentieth_of_the_validation_set_is_within_a_drop_of_a_twentieth() -> None:
+    layer = model()
+    x = torch.tensor([[0.0]] * 19 + [[1.0]])
+    account = Account(Budget(), layer, [(x, x[:, 0].long())])
+    assert move(account, layer, -1.0) is None  # 1 - 0.95 is above 0.05 by a rounding
+    assert account.score == 0.95
+
+
 def test_with_rare_checks_every_removal_since_the_last_check_is_taken_back() -> None:
     layer = model()
     account = Account(Budget(check_every=3), layer, validation())

@@ -313,6 +313,153 @@ def test_samples_that_see_one_another_fall_back_to_products() -> None:
     assert close(times(torch.eye(case.block.size, dtype=torch.float64)), truth)
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(make, kind) for make in (mlp, shared) for kind in ("exact", "gauss_newton", "fisher")] + [(images, "exact")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_samples_that_do_not_see_one_another_take_no_second_way(
+    make: Callable[[], Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a wrong short way would go unnoticed: its result is thrown away, only slowly."""
+    torch.manual_seed(0)
+    case, verdicts, real = make(), [], curvature._close
+
+    def close_to(*args: Any) -> bool:
+        verdicts.append(real(*args))
+        return verdicts[-1]
+
+    monkeypatch.setattr(curvature, "_close", close_to)
+    matrix(case.model, case.block, case.batches(), case.loss_fn, kind)
+    assert verdicts and all(verdicts)
+
+
+class Centred(nn.Module):
+    """Subtracts a share of the batch's mean, so that samples see one another."""
+
+    def __init__(self, layer: nn.Module, share: float) -> None:
+        super().__init__()
+        self.layer, self.share = layer, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y - self.share * y.mean(0)
+
+
+def whole_hessian(model: nn.Module, block: Block, x: Tensor, y: Tensor, losses: Callable[..., Tensor]) -> Tensor:
+    """Of the mean loss, for a block of whole layers in the model's order."""
+    names, shapes = zip(*[(name, p.shape) for name, p in model.named_parameters()], strict=True)
+
+    def mean(vector: Tensor) -> Tensor:
+        pieces = vector.split([shape.numel() for shape in shapes])
+        weights = {n: v.view(shape) for n, v, shape in zip(names, pieces, shapes, strict=True)}
+        return losses(torch.func.functional_call(model, weights, (x,)), y).mean()
+
+    result: Tensor = torch.func.hessian(mean)(block.values())
+    return result
+
+
+def squares(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs - y).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_samples_that_see_one_another_are_noticed_beside_a_feature_given_twice(sign: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 1, dtype=torch.float64)
+    x, y = torch.cat([x, sign * x], 1), torch.randn(6, 1, dtype=torch.float64)
+    model = Centred(nn.Linear(2, 1, bias=False), 0.9).double()
+    block = Block(trainable_layers(model, None), [("layer", 0)], None)
+    found = matrix(model, block, [Batch((x,), {}, y, 6)], squares, "exact")
+    assert close(found, whole_hessian(model, block, x, y, squares))
+
+
+def test_a_faint_influence_of_samples_on_one_another_is_noticed() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randint(3, (6,))
+    model = Centred(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), 1e-5).double()
+    block = Block(
+        trainable_layers(model, None), [("layer.0", u) for u in range(4)] + [("layer.2", u) for u in range(3)], None
+    )
+    found = matrix(model, block, [Batch((x,), {}, y, 6)], None, "exact")
+    assert close(found, whole_hessian(model, block, x, y, cross_entropy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_that_see_one_another_in_a_small_layer_are_noticed_beside_a_large_one(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Linear(3, 2), Centred(nn.Linear(3, 2), 2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([40 * torch.tanh(self.large(x)), torch.tanh(self.small(x))], 1)
+
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    model = Two().double()
+    units = [("large", 0), ("large", 1), ("small.layer", 0), ("small.layer", 1)]
+    truth = whole_hessian(model, Block(trainable_layers(model, None), units, None), x, y, squares)[8:, 8:]
+    model = model.to(dtype)
+    batch = Batch((x.to(dtype),), {}, y.to(dtype), 6)
+    found = matrix(model, Block(trainable_layers(model, None), units, None), [batch], squares, "exact")[8:, 8:]
+    assert (found - truth).norm() <= 1e4 * torch.finfo(dtype).eps * truth.norm()
+
+
+def test_gauss_newton_of_losses_that_see_other_samples_equals_its_products() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    block = Block({"": model}, [("", u) for u in range(3)], None)
+
+    def losses(outputs: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(outputs - outputs.mean(0), y)
+
+    # Of a linear model the Gauss-Newton matrix is the Hessian.
+    found = matrix(model, block, [Batch((x,), {}, y, 6)], losses, "gauss_newton")
+    assert close(found, whole_hessian(model, block, x, y, losses))
+
+
+class Tagger(nn.Module):
+    """Linear outputs per position in one of the layouts that models return."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layer, self.layout = nn.Linear(8, 3), layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)  # [N, T, C]
+        layouts = {
+            "classes second": y.transpose(1, 2),
+            "classes second of images": y.unsqueeze(1).permute(0, 3, 1, 2),
+            "flat": y.flatten(0, 1),
+            "time first": y.transpose(0, 1),
+        }
+        return layouts[self.layout]
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+@pytest.mark.parametrize("layout", ["classes second", "classes second of images", "flat", "time first"])
+def test_gauss_newton_takes_outputs_in_any_layout(layout: str, samples: int) -> None:
+    torch.manual_seed(0)
+    model = Tagger(layout).double()
+    x, y = torch.randn(samples, 5, 8, dtype=torch.float64), torch.randint(3, (samples, 5))
+    block = Block(trainable_layers(model, None), [("layer", u) for u in range(3)], None)
+
+    def losses(outputs: Tensor, y: Tensor) -> Tensor:
+        shaped = {
+            "classes second": lambda: outputs,
+            "classes second of images": lambda: outputs.squeeze(2),
+            "flat": lambda: outputs.view(*y.shape, 3).transpose(1, 2),
+            "time first": lambda: outputs.permute(1, 2, 0),
+        }[layout]()
+        return cross_entropy(shaped, y)
+
+    found = matrix(model, block, [Batch((x,), {}, y, samples)], losses, "gauss_newton")
+    assert close(found, whole_hessian(model, block, x, y, losses))
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_penalty_on_the_weights_inside_the_loss_is_seen(captured: bool) -> None:
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn.data import Batch, cross_entropy, read
+from fastunlearn.hooks import full_precision
 from fastunlearn.methods.block import Block, trainable_layers
 from fastunlearn.methods.budget import Budget
 from fastunlearn.methods.curvature import gradient, matrix
 from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.methods.newton import Privacy
+from fastunlearn.methods.samples import drawn
 
 Pair = tuple[Tensor, Tensor]
 QUICK: dict[str, Any] = {"perturbations": 120, "hessian_samples": 32}
@@ -216,6 +219,53 @@ def test_modes_hooks_gradients_and_random_state_are_put_back(trained: nn.Module)
         LCodec(**QUICK).unlearn(model, *split(1))
 
 
+def weights_after_removal(model: nn.Module) -> Tensor:
+    LCodec(**QUICK).unlearn(model, *split(2, next(model.parameters()).dtype))
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_autocast_around_a_removal_changes_nothing(trained: nn.Module) -> None:
+    plain = weights_after_removal(copy.deepcopy(trained).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(weights_after_removal(copy.deepcopy(trained).float()), plain)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_inference_mode_around_a_removal_changes_nothing(trained: nn.Module) -> None:
+    plain, model = weights_after_removal(copy.deepcopy(trained)), copy.deepcopy(trained)
+    with torch.inference_mode():
+        weights = weights_after_removal(model)
+    assert torch.equal(weights, plain)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_compiled_model_runs_its_python_code(trained: nn.Module, used: bool) -> None:
+    plain, model = weights_after_removal(copy.deepcopy(trained)), copy.deepcopy(trained)
+    compiled: Any = torch.compile(model, backend="eager")
+    if used:  # a graph from before calls no hooks
+        with torch.no_grad():
+            compiled(split(2)[0][0][0])
+    assert torch.equal(weights_after_removal(compiled), plain)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_are_in_full_precision_meanwhile_and_as_chosen_afterwards(device: str) -> None:
+    known: Any = torch.backends
+    backends = {
+        "cpu": (known.mkldnn.conv, known.mkldnn.matmul, known.mkldnn.rnn),
+        "cuda": (known.cudnn.conv, known.cuda.matmul, known.cudnn.rnn),
+    }[device]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        chosen = [b.fp32_precision for b in backends]
+        with full_precision(torch.device(device)):
+            assert [b.fp32_precision for b in backends] == ["ieee"] * 3
+        assert [b.fp32_precision for b in backends] == chosen != ["ieee"] * 3
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_only_units_of_the_named_layers_are_chosen(trained: nn.Module) -> None:
     outcome = LCodec(**QUICK, layers=["8"]).unlearn(copy.deepcopy(trained), *split(2))
     assert {name for r in outcome.details["removals"] for name, _ in r["units"]} == {"8"}
@@ -406,6 +456,12 @@ def test_a_failure_half_way_undoes_the_removals_before_it(trained: nn.Module) ->
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LCodec(**settings)
+
+
+def test_a_mapping_of_another_class_is_moved_to_the_device() -> None:
+    batch: UserDict[str, Tensor] = UserDict(input_ids=torch.zeros(2, 3), labels=torch.zeros(2))
+    (found,) = read([batch], "forget", torch.device("meta"))
+    assert found.kwargs["input_ids"].device.type == found.targets.device.type == "meta"
 
 
 def test_dict_batches_work() -> None:
@@ -651,6 +707,30 @@ def test_a_budget_rolls_the_last_removal_back_bit_by_bit_and_says_retrain_now(tr
         assert torch.equal(value, other), name
         changed = int((value != trained.state_dict()[name]).sum())
         assert outcome.changed.get(name, 0) == changed
+
+
+def test_a_removal_from_every_layer_is_rolled_back_from_every_layer(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained)
+    method = LCodec(**QUICK, select="all", hessian="gauss_newton", budget=Budget(max_drop=None, max_step_norm=0.0))
+    with pytest.warns(UserWarning, match="retrain now"):
+        outcome = method.unlearn(model, *split(1))
+    assert len({name for name, _ in outcome.details["rolled_back"][0]["units"]}) > 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+    assert not any(outcome.changed.values())
+
+
+def test_hessian_samples_are_a_seeded_draw_from_retained_and_not_yet_removed_samples() -> None:
+    retain = [(torch.arange(40.0)[:, None], torch.zeros(40, dtype=torch.long))]
+    forget = [Batch((torch.tensor([[100.0 + i]]),), {}, torch.zeros(1), 1) for i in range(40)]
+    draws = [drawn(retain, forget, 80, 20, seed, torch.device("cpu")) for seed in (0, 0, 1)]
+    first, again, other = ([batch.args[0].item() for _, batch in draw] for draw in draws)
+    assert first == again != other
+    assert all(
+        origin == (-1 if value < 40 else value - 100) for (origin, _), value in zip(draws[0], first, strict=True)
+    )
+    assert len({v for v in first if v < 40}) == 20 and {v for v in first if v >= 100} == {100.0 + i for i in range(40)}
+    assert 8 <= sum(v < 40 for v in first[:32]) <= 24  # of a uniform draw, half
+    assert max(v for v in first[:32] if v < 40) > 20  # not the first batches
 
 
 def test_validation_alone_sets_the_budget_of_a_drop_of_a_twentieth(trained: nn.Module) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 from fastunlearn.data import Batches, LossFunction, require_batches
 from fastunlearn.hooks import (
     device_of,
+    eager,
+    full_precision,
     preserved,
     require_finite,
     require_separable,
@@ -139,6 +141,8 @@ class LCodec:
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches, validation: Batches | None = None) -> Outcome:
         """Remove every sample of ``forget`` in place, in the order they come; eval mode meanwhile.
 
+        Runs in the weights' full precision, without autocast or TF32, and runs compiled models uncompiled.
+
         Args:
             model: any module with float32 or float64 weights.
             forget: re-iterable batches of the samples to remove, held in memory.
@@ -192,7 +196,10 @@ class LCodec:
         verdict = None
         with (
             outcome.measured(device),
+            eager(),
+            full_precision(device),
             preserved(model),
+            torch.inference_mode(False),
             torch.enable_grad(),
             without_fused_attention(),
             restored_on_error(model, parameters) as before,
