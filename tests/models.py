@@ -1,4 +1,4 @@
-"""A small trained classifier and its data, for the tests of the methods."""
+"""A small trained classifier and its data, and a layer of other libraries, for the tests of the methods."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Pairs = list[tuple[Tensor, Tensor]]
+
+
+class Conv1D(nn.Module):
+    """As ``transformers.pytorch_utils.Conv1D``, GPT-2's linear layer: weight [in, out]."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Conv1D
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,19 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastunlearn.data import Batch
 from fastunlearn.methods.block import Block, trainable_layers, unit_count, unit_parameters
 from fastunlearn.methods.curvature import gradient, matrix, product
-
-
-class Conv1D(nn.Module):
-    """As ``transformers.pytorch_utils.Conv1D``: weight [in, out]."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class Mixed(nn.Module):

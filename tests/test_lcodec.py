@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Conv1D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -872,19 +873,6 @@ def test_two_runs_on_texts_are_bitwise_equal_and_the_record_is_plain() -> None:
     assert torch.equal(first, second) and not torch.equal(first, third)
     record = json.loads(json.dumps(outcome.as_dict()))
     assert record["settings"]["vocabulary"] == "range(3, 30)" and record["settings"]["budget"]["max_drop"] == 1.0
-
-
-class Conv1D(nn.Module):
-    """The transformers library's linear layer of GPT-2: weight [in, out], known by its name and ``nf``."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss_newton", "fisher"])
