@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from scipy import sparse
 from sklearn.base import clone
@@ -26,7 +26,6 @@ from sklearn.utils.estimator_checks import (
 from fastunlearn.codec import foci
 from fastunlearn.selection import FociSelector
 
-HAS_PANDAS = importlib.util.find_spec("pandas") is not None
 ESTIMATORS = [
     FociSelector(),
     FociSelector(early_stop=False, noise=0.1, random_state=0),
@@ -155,10 +154,7 @@ def test_fewer_features_help_nearest_neighbours() -> None:
     assert cross_val_score(make_pipeline(FociSelector(), KNeighborsRegressor()), x, y, cv=3).mean() > 0.8 > 2 * alone
 
 
-@pytest.mark.skipif(not HAS_PANDAS, reason="pandas is not a dependency")
 def test_data_frames_keep_their_names() -> None:
-    import pandas
-
     x = pandas.DataFrame(draw(200, 4), columns=list("abcd"))
     selector = FociSelector().set_output(transform="pandas")
     kept = selector.fit_transform(x, x["c"] + 0.1 * x["a"])
