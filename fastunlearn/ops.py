@@ -630,6 +630,7 @@ def codec_scores(
     joined those behind ``distances``; of equally near rows the lowest. Nothing chosen, M(i) is one of the rows beside i
     in order of x, by |x_i - x_j|, whose square may overflow or vanish. A row without any at a finite distance counts
     as if its neighbour had rank 0. The sums are of integers: equal inputs give equal bits on any number of threads.
+    Which of two rows is nearer, where they differ in the last bit, can depend on the machine's fused multiply-add.
 
     Args:
         features: [n, p], float32 or float64, 2 <= n <= 46,340. NaN in a feature spoils the score of that one alone.
