@@ -203,7 +203,7 @@ __device__ __forceinline__ void sort_line(Key* keys, int32_t* rows, int padded) 
 }
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads, 2)  // at three, 12.0 spills in double
     codec_line_kernel(const __grid_constant__ CodecLineParams<Scalar> params) {
   using Key = LineKey<Scalar>;
   __shared__ unsigned long long warp_sums[kLineThreads / 32];
