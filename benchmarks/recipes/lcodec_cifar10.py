@@ -181,10 +181,11 @@ def run(record: dict[str, Any], sets: dict[str, Any], update: list[str], out: Pa
 
 
 # The mean Hessian of the others, with the step of one image in n; and the public code's second update ("CR"): the
-# image's own Hessian, a full step, and its damping.
+# image's own Hessian and a full step, with the public damping and with ten times that.
 UPDATES: dict[str, dict[str, Any]] = {
     "sekhari": {"update": "sekhari"},
     "single_sample": {"update": "single_sample", "damping": 1e-2},
+    "single_sample_damped": {"update": "single_sample", "damping": 1e-1},
 }
 
 
@@ -205,7 +206,8 @@ def line(row: dict[str, Any]) -> str:
     def change(pairs: list[list[float]]) -> tuple[int, str]:
         return (
             sum(after > before for before, after in pairs),
-            f"{100 * (statistics.median(after / before for before, after in pairs) - 1):+.3g} %",
+            # A loss of 0 that stays 0 has not changed; a ruined model has both.
+            f"{100 * (statistics.median(a / b if b else 1 + a for b, a in pairs) - 1):+.3g} %",
         )
 
     loss, gradient = change([r["loss"] for r in removals]), change([r["gradient_norm"] for r in removals])
