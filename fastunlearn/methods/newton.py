@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 # Cholesky in float64 leaves about 1e-16 times the block size of |A| |x| + |b|.
-_CHOLESKY = 1e-10
+_CHOLESKY_ERROR = 1e-10
 # Products with float32 derivatives carry the rounding of a forward and two backward passes, below which no iteration
 # gets: residuals stalled at up to 2.7e-6 (|A| |x| + |b|) in 27 removals from a small convolutional network.
-_PRODUCTS = 1e-5
+_PRODUCT_ERROR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _cholesky(matrix: Tensor, gradient: Tensor, damping: float, what: str) -> Ne
     residual = float((system @ step - gradient).norm())
     size = float(gradient.norm())
     scale = float(torch.linalg.matrix_norm(system) * step.norm()) + size
-    if not residual <= _CHOLESKY * scale:
+    if not residual <= _CHOLESKY_ERROR * scale:
         raise RuntimeError(f"{what}: the solve left a residual of {residual / scale:.1e}; is the matrix symmetric?")
     return NewtonStep(step, damping, residual / size if size else 0.0, "cholesky", 0)
 
@@ -145,7 +145,7 @@ def _conjugate_gradients(
             break
         before = now
     scale = (largest + damping) * float(step.norm()) + size
-    if now > tolerance * size and now > _PRODUCTS * scale:
+    if now > tolerance * size and now > _PRODUCT_ERROR * scale:
         raise RuntimeError(
             f"{what}: conjugate gradients left a residual of {now / size:.1e} of the gradient after {iterations} "
             "products; raise the damping or max_iterations"

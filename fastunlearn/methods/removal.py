@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 # Weights per block from which "auto" takes conjugate gradients. Measured on an MLP and a CNN, 256 samples, damping 0.01
 # and 0.001, two cores: as fast as Cholesky at 300 to 500 weights, 10 to 30 times as fast at 2,000 (11 to 42 products).
-_AUTO = 512
+_AUTO_WEIGHTS = 512
 # Weights per block at most where a matrix is asked for, in 32 MiB each for it and its factor.
-_CHOLESKY = 2048
+_CHOLESKY_WEIGHTS = 2048
 # Matrices that reuse_hessian keeps, the least recently used dropped first: 32 MiB each at 2,048 weights.
 _KEPT = 8
 
@@ -101,7 +101,7 @@ def remove(run: Run, indices: list[int], account: Account | None) -> dict[str, A
     what = f"forget sample {indices[0]}" if not method.group else "the group of forget samples"
     with run.outcome.phase("select"):
         units, scores = _choose(run, indices, what)
-    limit = method.max_block or (_CHOLESKY if method.solver == "cholesky" else None)
+    limit = method.max_block or (_CHOLESKY_WEIGHTS if method.solver == "cholesky" else None)
     block = Block(run.layers, units, limit)
     with run.outcome.phase("gradient"):
         loss, norm, gradients = _gradients(run, samples)
@@ -195,7 +195,7 @@ def _curvature(run: Run, block: Block, indices: list[int]) -> Tensor | Callable[
         stays = run.total if method.group or method.reuse_hessian else indices[-1]
         others = [held for origin, held in run.pool if origin == -1 or origin > stays][: method.hessian_samples]
     batches = list(joined(others, method.batch_size))
-    largest = _CHOLESKY if method.reuse_hessian else _AUTO
+    largest = _CHOLESKY_WEIGHTS if method.reuse_hessian else _AUTO_WEIGHTS
     if method.solver == "cg" or (method.solver == "auto" and block.size > largest):
         return product(run.model, block, batches, method.loss_fn, method.hessian)
     key = tuple(sorted(block.units))
