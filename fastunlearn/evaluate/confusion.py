@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.data import Batches, read
+from fastunlearn.figures import new_figure, save_figure
 from fastunlearn.hooks import device_of, preserved
 
 
@@ -57,11 +58,9 @@ class Confusion:
 
     def picture(self, path: str | Path, after: Confusion | None = None) -> None:
         """Heat map of the shares, with ``after`` beside it, as PNG, SVG or PDF by the suffix of ``path``."""
-        from fastunlearn.methods.explanation import _figure, _save
-
         shown = [("before", self), ("after", after)] if after is not None else [("", self)]
         size = 1.6 + 0.32 * len(self.counts)
-        figure, axes = _figure(len(shown), (len(shown) * (size + 0.4), size))
+        figure, axes = new_figure(len(shown), (len(shown) * (size + 0.4), size))
         for axis, (title, confusion) in zip(axes, shown, strict=True):
             assert confusion is not None
             image = axis.imshow(100 * confusion.rows.numpy(), cmap="Blues", vmin=0, vmax=100)
@@ -72,7 +71,7 @@ class Confusion:
             axis.set_ylabel("true class")
             axis.set_title(f"{title} {confusion.accuracy:.1f} % right".strip(), fontsize=10)
         figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def confusion_matrix(model: nn.Module, batches: Batches, classes: int | None = None) -> Confusion:

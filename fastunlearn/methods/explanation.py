@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastunlearn.evaluate import Metrics
+from fastunlearn.figures import new_figure, save_figure
 from fastunlearn.outcome import Outcome
 
 
@@ -61,7 +62,7 @@ class Explanation:
 
     def picture(self, path: str | Path) -> None:
         """Share reset per parameter beside the ratios of all weights, as PNG, SVG or PDF by the suffix of ``path``."""
-        figure, (left, right) = _figure(2, (11, 1.5 + 0.22 * len(self.layers)))
+        figure, (left, right) = new_figure(2, (11, 1.5 + 0.22 * len(self.layers)))
         left.barh([layer.name for layer in self.layers], [100 * layer.share for layer in self.layers], color="#3b6ea5")
         left.invert_yaxis()
         left.set_xlabel("reset, % of live weights")
@@ -75,7 +76,7 @@ class Explanation:
             right.legend()
         right.set_xlabel("log2 of forget / (retain + floor)")
         right.set_ylabel("weights per bin")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Sweep:
 
     def picture(self, path: str | Path) -> None:
         """Forget gap against retain gap, the front joined, as PNG, SVG or PDF by the suffix of ``path``."""
-        figure, (axes,) = _figure(1, (6, 4.2))
+        figure, (axes,) = new_figure(1, (6, 4.2))
         front = self.front()
         axes.plot([p.forget_gap for p in front], [p.retain_gap for p in front], color="#3b6ea5", zorder=1)
         for point in self.points:
@@ -187,21 +188,4 @@ class Sweep:
         axes.set_xlabel("forget gap, points")
         axes.set_ylabel("retain gap, points")
         axes.set_title("share of live weights reset; red: over-unlearned", fontsize=10)
-        _save(figure, path)
-
-
-def _figure(columns: int, size: tuple[float, float], lines: int = 1) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install fastunlearn[report]") from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, [figure.add_subplot(lines, columns, i + 1) for i in range(lines * columns)]
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    import matplotlib
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunlearn.methods.explanation import _figure, _save
+from fastunlearn.figures import new_figure, save_figure
 from fastunlearn.outcome import Outcome
 from fastunlearn.subspace import Solver
 
@@ -165,7 +165,7 @@ class Spectrum:
         """Per layer both spectra and the filters' curves over them, as PNG, SVG or PDF by the suffix of ``path``."""
         columns = min(4, max(1, len(self.layers)))
         lines = max(1, math.ceil(len(self.layers) / columns))
-        figure, axes = _figure(columns, (3.2 * columns, 2.6 * lines), lines)
+        figure, axes = new_figure(columns, (3.2 * columns, 2.6 * lines), lines)
         for layer, axis in zip(self.layers, axes, strict=False):
             for which, alpha, color in (
                 ("retain", self.alpha_retain, "#3b6ea5"), ("forget", self.alpha_forget, "#b5452c")
@@ -185,7 +185,7 @@ class Spectrum:
             axis.set_axis_off()
         if self.layers:
             axes[0].legend(fontsize=7)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class AlphaSearch:
         """Heat maps of forgotten and retained accuracy over the grid, as PNG, SVG or PDF by the suffix of ``path``."""
         retain = sorted({point.alpha_retain for point in self.points})
         forget = sorted({point.alpha_forget for point in self.points})
-        figure, axes = _figure(2, (2 * (2.2 + 0.55 * len(forget)), 1.8 + 0.45 * len(retain)))
+        figure, axes = new_figure(2, (2 * (2.2 + 0.55 * len(forget)), 1.8 + 0.45 * len(retain)))
         best = self._best_or_none()
         for axis, name in zip(axes, ("forget", "retain"), strict=True):
             grid = torch.full((len(retain), len(forget)), math.nan)
@@ -269,7 +269,7 @@ class AlphaSearch:
             axis.set_xlabel("alpha forget")
             axis.set_ylabel("alpha retain")
             axis.set_title(f"{name} accuracy, % (before: {self.original[name]:.1f})", fontsize=10)
-        _save(figure, path)
+        save_figure(figure, path)
 
     def _best_or_none(self) -> AlphaPoint | None:
         try:
@@ -298,11 +298,11 @@ class WeightChange:
 
     def picture(self, path: str | Path) -> None:
         """A bar per layer, the first on top, as PNG, SVG or PDF by the suffix of ``path``."""
-        figure, (axis,) = _figure(1, (6, 1.2 + 0.22 * len(self.layers)))
+        figure, (axis,) = new_figure(1, (6, 1.2 + 0.22 * len(self.layers)))
         axis.barh([name for name, _ in self.layers], [100 * change for _, change in self.layers], color="#3b6ea5")
         axis.invert_yaxis()
         axis.set_xlabel("norm of the update, % of the weight's")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def layer_change(outcome: Outcome) -> WeightChange:

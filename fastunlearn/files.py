@@ -1,0 +1,71 @@
+"""Files that are either whole or absent, and what they are known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the place of ``path`` when the block ends and never before.
+
+    It is written under another name beside it, flushed to the disk and renamed, which the file system does at once or
+    not at all. Whatever the block raises, a full disk and Ctrl-C included, the other name is gone and ``path`` is
+    as it was. A process that is killed may leave ``.<name>.*.part`` behind, never half of ``path``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp's own is for its user alone
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """``value`` as indented JSON, as :func:`replacing` does it; raises ValueError for NaN and infinities."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """``text`` as UTF-8, as :func:`replacing` does it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Of its bytes, in hexadecimal; reads the file once."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` survive a power cut, where the system can be asked for that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
