@@ -41,7 +41,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     device = torch.device(arguments.device)
     if device.type == "cuda":
-        problem = _cuda_problem()
+        problem = _library.cuda_problem()
         if problem:
             raise RuntimeError(f"--device {arguments.device} can not be used: {problem}")
     # A file or a pipe has no width: give the table the one it needs.
@@ -73,7 +73,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     ):
         if importlib.util.find_spec(module) is None:
             print(f"  missing  {package}, used for {why}: pip install {package}")
-    problem = _cuda_problem()
+    problem = _library.cuda_problem()
     print(f"  GPU      {problem or torch.cuda.get_device_name()}")
     print("operators")
     width = max(map(len, _operators())) - len("fastunlearn::")
@@ -86,19 +86,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _operators() -> list[str]:
     return sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastunlearn::"))
-
-
-def _cuda_problem() -> str:
-    """Why CUDA tensors can not be used here, and what would change that; empty when they can."""
-    from fastunlearn import _library
-
-    if not torch.version.cuda:
-        return "none for torch: this is its CPU build; install the CUDA build of torch"
-    if not torch.cuda.is_available():
-        return "none found: torch is a CUDA build but sees no GPU or no driver"
-    if not _library.load().build_info()["cuda"]:
-        return "found, but fastunlearn was built without nvcc: install the CUDA toolkit and build it again"
-    return ""
 
 
 def _version(package: str) -> str | None:

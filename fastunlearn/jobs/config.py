@@ -113,6 +113,11 @@ def check_type(value: Any, annotation: str, name: str) -> None:
         raise ConfigError(f"{name} must be {_WORDS[kind]}, got {value!r}")
 
 
+def is_plain(annotation: str) -> bool:
+    """Whether :func:`check_type` knows what a field annotated like this takes."""
+    return annotation.removesuffix(" | None") in _TYPES
+
+
 def _kind(annotation: Any) -> str:
     """The bare type in an annotation of this module, which are text: "dict" of "dict[str, Any] | None"."""
     return str(annotation).removesuffix(" | None").split("[")[0]
