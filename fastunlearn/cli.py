@@ -38,12 +38,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastunlearn.demo import run
+    from fastunlearn.jobs.task import device_named
 
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        problem = _library.cuda_problem()
-        if problem:
-            raise RuntimeError(f"--device {arguments.device} can not be used: {problem}")
+    device = device_named(arguments.device)
     # A file or a pipe has no width: give the table the one it needs.
     console = Console(width=None if sys.stdout.isatty() else 132)
     run(arguments.out, arguments.seed, device, console)

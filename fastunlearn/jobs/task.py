@@ -1,4 +1,4 @@
-"""A configuration opened: the model with its weights, the samples to forget and to keep, all checked, nothing changed."""
+"""A configuration opened: the model with its weights, what to forget and what to keep; checked, nothing changed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Part:
         order = torch.randperm(len(self), generator=generator)
         labels = self.labels[order]
         rank = torch.empty_like(labels)  # of a sample among those of its class, in the drawn order
-        for label in labels.unique():
+        for label in torch.unique(labels):
             mine = labels == label
             rank[mine] = torch.arange(int(mine.sum()))
         chosen = order[rank.argsort(stable=True)[:count]]

@@ -18,8 +18,8 @@ KEPT = ".phases"
 class Workspace:
     """The folder beside ``out`` in which a run collects its results; it becomes ``out`` in one rename at the end.
 
-    Each finished phase is kept under a name, a value as JSON, weights as the caller writes them. What is kept is whole or
-    absent, so a run that was killed anywhere repeats no more than the phase it was in.
+    Each finished phase is kept under a name, a value as JSON, weights as the caller writes them. What is kept is whole
+    or absent, so a run that was killed anywhere repeats no more than the phase it was in.
 
     Args:
         out: the folder that the results will be in.
