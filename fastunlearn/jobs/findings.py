@@ -84,6 +84,34 @@ def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int
     )
 
 
+def distance(row: Row) -> float:
+    """Mean over the sets of the points of accuracy from the reference."""
+    gaps = [abs(gap["mean"]) for gap in row["gap"].values()]
+    return math.fsum(gaps) / len(gaps)
+
+
+def closest(models: Sequence[Row]) -> Row:
+    """The method whose accuracies are closest to the retrained model's; the first of several."""
+    return min((m for m in models if m["role"] in ("unlearned", "baseline")), key=distance)
+
+
+def comparison_verdict(models: Sequence[Row], best: Row) -> str:
+    """One sentence: which method comes closest to never having seen the data, how close, and in what time."""
+    original = next(m for m in models if m["role"] == "original")
+    reference = next(m for m in models if m["role"] == "reference")
+    tried = sum(m["role"] in ("unlearned", "baseline") for m in models)
+    runs = best["accuracy"]["forget"]["runs"]
+    sets = len(best["gap"])
+    word = "farther than doing nothing" if distance(best) > distance(original) else "doing nothing"
+    spent = f", in {best['seconds']['mean']:.3g} s"
+    if reference["seconds"] is not None:
+        spent += f" where retraining takes {reference['seconds']['mean']:.3g} s"
+    return (
+        f"Of {tried} methods over {runs} seeds, {best['name']} comes closest to a model that never saw the data: "
+        f"{distance(best):.2f} points away on average over {sets} sets ({word}: {distance(original):.2f}){spent}."
+    )
+
+
 def _percent(estimate: Row) -> str:
     return f"{estimate['mean']:.1f} %"
 

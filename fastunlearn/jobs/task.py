@@ -116,6 +116,16 @@ class Task:
         forgotten, kept = set(self.forget.labels.tolist()), set(self.retain.labels.tolist())
         return [] if forgotten & kept else sorted(forgotten)
 
+    def everything(self) -> Part:
+        """What the original was trained on: both, where they come from the same data.
+
+        Raises ValueError where they do not: there is no order of the whole then.
+        """
+        if self.forget.samples is not self.retain.samples:
+            raise ValueError("without --data the original can not be trained; give --weights")
+        both = torch.cat([self.forget.indices, self.retain.indices]).sort().values
+        return Part("data", self.forget.samples, both)
+
     def fresh(self) -> nn.Module:
         """A newly made model, with weights of its own, on the device."""
         return make_model(self.config, len(self.classes)).to(self.device)
