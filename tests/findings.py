@@ -152,8 +152,8 @@ def unlearn_findings() -> dict[str, Any]:
     probed = [f"features.{k}" for k in range(0, 24, 3)]
     return {
         "title": "Unlearning 2,500 images from vgg11_bn",
-        "verdict": "Largely forgotten: on the forgotten images the model is 2.6 points better than one retrained without "
-        "them, and the strongest attack finds them with AUC 0.53 where 0.50 is a coin toss.",
+        "verdict": "Largely forgotten: on the forgotten images the model is 2.6 points better than one retrained "
+        "without them, and the strongest attack finds them with AUC 0.53 where 0.50 is a coin toss.",
         "request": {
             "forget": "forget_2500.txt",
             "retain": "rest",

@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 WIDTH = 360.0
 COLOURS = 9  # --s0 to --s8 of the style sheet; 0 is the original model's, 1 the reference's
 SHAPES = 6
 HEAT_TURN = 0.655  # share from which black (white in the dark) on a heat map's cell no longer reads best
 
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 # Not allowed in XML, halves of a surrogate pair, and marks that turn the direction of the text after them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
@@ -102,15 +104,16 @@ def tick_label(value: float, step: float, percent: bool = False) -> str:
     size, unit = abs(value), ""
     if size < step * 1e-6:
         shown = "0"
-    elif size >= 1e12 or size < 1e-4:
-        shown = f"{value:.2g}"
+    elif size >= 1e12 or size < 1e-3:
+        mantissa, power = f"{value:.1e}".split("e")
+        front = "" if mantissa == "1.0" else f"{mantissa.removesuffix('.0')}\u00b7"
+        shown = f"{front}10{str(int(power)).translate(_RAISED)}"
     else:
-        for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)):
-            if size >= factor * (10 if factor == 1e3 else 1) or factor == 1:
-                break
+        units = (("G", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e4), ("", 1.0, 0.0))
+        unit, factor = next((name, factor) for name, factor, least in units if size >= least)
         decimals = next((d for d in range(6) if abs(step / factor * 10**d - round(step / factor * 10**d)) < 1e-6), 6)
         shown = f"{value / factor:.{decimals}f}"
-    return f"{shown}{unit}".replace("-", "\N{MINUS SIGN}") + ("\u2009%" if percent else "")
+    return f"{shown}{unit}".replace("-", "\N{MINUS SIGN}") + ("\u202f%" if percent else "")
 
 
 def domain(values: Iterable[object], *, log: bool = False, least: float | None = None) -> tuple[float, float]:
@@ -127,14 +130,20 @@ def domain(values: Iterable[object], *, log: bool = False, least: float | None =
         top = math.ceil(math.log10(max(above)) - 1e-9)
         bottom = max(math.floor(math.log10(min(above)) + 1e-9), top - 12)
         return 10.0 ** min(bottom, top - 1), 10.0**top
+    low, high = around(found, least)
+    step = nice_step((high - low) / 5)
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def around(values: Iterable[object], least: float | None = None) -> tuple[float, float]:
+    """The smallest and largest of ``values``, moved apart to be ``least`` apart; (0, 1) without any."""
+    found = numbers(values)
     if not found:
         return 0.0, 1.0
     low, high = min(found), max(found)
     width = max(high - low, least or 0.0, 1e-6 * max(abs(low), abs(high)), 1e-12)
-    middle = (low + high) / 2
-    low, high = min(low, middle - width / 2), max(high, middle + width / 2)
-    step = nice_step(width / 5)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    middle = low / 2 + high / 2
+    return min(low, middle - width / 2), max(high, middle + width / 2)
 
 
 def svg(ident: str, title: str, description: str, height: float, parts: Iterable[str], width: float = WIDTH) -> str:
@@ -173,8 +182,12 @@ def marker(series: int, x: float, y: float, r: float = 4.0) -> str:
 
 def swatch(series: int, line: bool = False) -> str:
     """The sign of a series in a legend, for the eye alone."""
+    wide = 28 if line else 16
     stroke = f'<path class="line {colour(series)} {dash(series)}" d="M1 8H27"/>' if line else ""
-    return f'<svg class="swatch" viewBox="0 0 28 16" aria-hidden="true">{stroke}{marker(series, 14, 8, 4.5)}</svg>'
+    return (
+        f'<svg class="swatch{" wide" if line else ""}" viewBox="0 0 {wide} 16" aria-hidden="true">'
+        f"{stroke}{marker(series, wide / 2, 8, 4.5)}</svg>"
+    )
 
 
 def dash(series: int) -> str:
@@ -257,7 +270,7 @@ def line_chart(
     """
     x = x or domain((v for line in lines for v in line.xs), log=log)
     y = y or domain((v for line in lines for v in line.ys), log=log)
-    across = Scale(*x, 46, WIDTH - 10, log, percent)
+    across = Scale(*x, 46, WIDTH - 20, log, percent)
     up = Scale(*y, height - 38, 30, log, percent)
     parts = axes(across, up, xlabel, ylabel)
     if diagonal:
@@ -300,20 +313,23 @@ def dot_chart(
     *,
     band: tuple[float, float] | None = None,
     line: float | None = None,
-    ends: tuple[float, float] | None = None,
+    least: float | None = None,
     written: Sequence[str] = (),
     label_width: float = 104.0,
     row: float = 22.0,
 ) -> str:
     """One line per row: its name, its dots with their intervals, and (``written``) a text at the right.
 
-    ``band`` shades a range of values and ``line`` marks one: where the retrained models lie. ``ends`` fixes the axis.
+    ``band`` shades a range of values and ``line`` marks one: where the retrained models lie. The axis is
+    at least ``least`` wide, so that small differences look small.
     """
     drawn = [(name, [d for d in dots if finite(d.value) is not None]) for name, dots in rows]
     found = [v for _, dots in drawn for d in dots for v in (d.value, d.low, d.high)]
-    right = WIDTH - (46 if written else 10)
+    right = WIDTH - (46 if written else 16)
     top, bottom = 6.0, 6 + row * len(drawn)
-    across = Scale(*(ends or domain([*found, *(band or ()), line])), label_width + 8, right)
+    low, high = around([*found, *(band or ()), line], least)
+    margin = 0.04 * (high - low)  # no dot on the edge
+    across = Scale(low - margin, high + margin, label_width + 8, right)
     parts = []
     if band and finite(band[0]) is not None and finite(band[1]) is not None:
         left, wide = across(band[0]), max(across(band[1]) - across(band[0]), 1.5)
@@ -380,7 +396,8 @@ def heat_map(
     columns: Sequence[str],
 ) -> str:
     """Cells of 0 to 1 under their column's and beside their row's name; percent is written where it fits."""
-    left, top, right = 72.0, 62.0, 26.0
+    letters = min(max((len(name) for name in [*rows, *columns]), default=1), 11)
+    left, top, right = 10 + 5.7 * letters, 14 + 4.4 * letters, 26.0
     cell = min((WIDTH - left - right) / max(len(columns), 1), 34.0)
     parts = []
     for j, name in enumerate(columns):
@@ -389,7 +406,7 @@ def heat_map(
         parts.append(f"{text(shorten(name, 11))}<title>{text(name)}</title></text>")
     for i, (name, values) in enumerate(zip(rows, shares, strict=True)):
         y = top + cell * i
-        parts.append(f'<text x="{left - 6:g}" y="{y + cell / 2 + 3.8:.1f}" text-anchor="end">')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + cell / 2 + 3.8:.1f}" text-anchor="end">')
         parts.append(f"{text(shorten(name, 11))}<title>{text(name)}</title></text>")
         for j, value in enumerate(values):
             share = min(max(finite(value) or 0.0, 0.0), 1.0)
@@ -427,7 +444,7 @@ def histogram(
     """
     if len(edges) != len(counts) + 1 or len(numbers(edges)) != len(edges):
         raise ValueError(f"a histogram needs one more edge than counts, all finite, got {len(edges)} and {len(counts)}")
-    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(edges)):
         raise ValueError("the edges of a histogram must rise")
     log = edges[0] > 0 and edges[-1] / edges[0] > 1e3
     ends = [edges[0], edges[-1]]
@@ -435,7 +452,7 @@ def histogram(
         mark = None
     if mark is not None:
         ends = [min(ends[0], mark), max(ends[1], mark)]
-    across = Scale(ends[0], ends[1], 46, WIDTH - 10, log)
+    across = Scale(ends[0], ends[1], 46, WIDTH - 20, log)
     tallest = max(numbers(counts), default=0.0)
     up = Scale(0.0, domain([0.0, tallest], least=1.0)[1], height - 38, 30)
     parts = axes(across, up, xlabel, "count")

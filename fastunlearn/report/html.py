@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -18,7 +19,7 @@ Estimated: TypeAlias = Mapping[str, Any] | None
 
 MOST_CLASSES = 20
 MOST_LAYERS = 40
-MOST_ATTACKS = 6
+MOST_ATTACKS = 4
 MOST_SPECTRA = 6
 MOST_SLOPES = 80
 MOST_SETTINGS = 200
@@ -169,14 +170,14 @@ def _points(value: float) -> str:
 
 def _seconds(value: float) -> str:
     if value < 100:
-        return f"{value:.3g}\u2009s"
+        return f"{value:.3g}\u202fs"
     minutes = round(value / 60)
     return (
-        f"{round(value)}\u2009s"
+        f"{round(value)}\u202fs"
         if value < 600
-        else f"{minutes}\u2009min"
+        else f"{minutes}\u202fmin"
         if value < 7200
-        else f"{value / 3600:.1f}\u2009h"
+        else f"{value / 3600:.1f}\u202fh"
     )
 
 
@@ -194,7 +195,7 @@ def _plain(estimate: Estimated, write: Callable[[float], str]) -> str:
 def _cell(
     estimate: Estimated, write: Callable[[float], str], reference: Estimated = None, gap: Estimated = None
 ) -> str:
-    """A table cell: the mean, under it the interval, under that the gap; marked when within the reference's interval."""
+    """A table cell: mean, interval, gap, one under the other; marked when within the reference's interval."""
     mean, interval = _mean(estimate), _interval(estimate)
     if mean is None:
         return '<td class="none"><span aria-label="not measured">\N{EN DASH}</span></td>'
@@ -222,14 +223,14 @@ def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
     return f'<tr class="{kind}"><th scope="row">{name}</th>{"".join(cells)}</tr>'
 
 
-def _name(view: _View, model: Mapping[str, Any]) -> str:
-    role = ROLES.get(model.get("role", ""), model.get("role", ""))
+def _name(view: _View, model: Mapping[str, Any], roles: bool = True) -> str:
+    shown = charts.swatch(view.series[model["name"]]) + f"<bdi>{text(shorten(model['name'], 60))}</bdi>"
+    shown = f'<span class="who">{shown}</span>'
+    if not roles:
+        return shown
+    role = str(model.get("role", ""))
     runs = max((int(e.get("runs") or 1) for e in (model.get("accuracy") or {}).values() if e), default=1)
-    extra = f", {runs} runs" if runs > 1 else ""
-    return (
-        f'<span class="who">{charts.swatch(view.series[model["name"]])}<bdi>{text(model["name"])}</bdi></span>'
-        f"<small>{text(role)}{extra}</small>"
-    )
+    return f"{shown}<small>{text(ROLES.get(role, role))}{f', {runs} runs' if runs > 1 else ''}</small>"
 
 
 def _figure(chart: str, caption: str = "", kind: str = "") -> str:
@@ -250,13 +251,20 @@ def _verdict(view: _View, title: str) -> str:
     missing = ""
     if view.models and view.reference is None:
         missing = (
-            '<p class="warning">No retrained model was measured, so nothing here says how far this is from never having '
-            "seen the data.</p>"
+            '<p class="warning">No retrained model was measured, so nothing here says how far this is from '
+            "never having seen the data.</p>"
         )
-    cards = "".join(_card(*answer) for answer in _answers(view))
+    cards = whose = ""
+    if view.unlearned:
+        mine = _nearest(view)
+        cards = "".join(_card(*answer) for answer in _answers(view, mine))
+        if len(view.unlearned) > 1:
+            why = "nearest to the retrained model on the forgotten data" if view.reference else "the first"
+            name = f"<b><bdi>{text(shorten(mine['name'], 60))}</bdi></b>"
+            whose = f'<p class="whose">{name}, of {len(view.unlearned)} methods {why}</p>'
     return (
         f'<div class="top" id="verdict"><h1>{title}</h1>{sentence}{missing}'
-        + (f'<dl class="answers">{cards}</dl>' if cards else "")
+        + (f'{whose}<dl class="answers">{cards}</dl>' if cards else "")
         + "</div>"
     )
 
@@ -265,63 +273,53 @@ def _card(question: str, answer: str, detail: str) -> str:
     return f"<div><dt>{question}</dt><dd><b>{answer}</b><span>{detail}</span></dd></div>"
 
 
-def _answers(view: _View) -> list[tuple[str, str, str]]:
-    """Question, answer and what it is to be compared with; of several methods the one nearest to the reference."""
+def _nearest(view: _View) -> Mapping[str, Any]:
+    """Of the unlearned models the one whose forgotten accuracy is nearest to the reference's; else the first."""
+    target = _mean(_of(view.reference, "accuracy", "forget"))
+
+    def distance(model: Mapping[str, Any]) -> float:
+        mean = _mean(_of(model, "accuracy", "forget"))
+        return math.inf if mean is None or target is None else abs(mean - target)
+
+    return min(view.unlearned, key=distance)
+
+
+def _answers(view: _View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Question, answer, and what it is to be compared with, for one unlearned model."""
     found: list[tuple[str, str, str]] = []
-    if not view.unlearned:
-        return found
-    several = len(view.unlearned) > 1
 
-    def closest(value: Callable[[Mapping[str, Any]], float | None], target: float | None) -> Mapping[str, Any] | None:
-        known = [(abs(v - (target or 0.0)), k) for k, m in enumerate(view.unlearned) if (v := value(m)) is not None]
-        return view.unlearned[min(known)[1]] if known else None
+    def others(value: Callable[[Mapping[str, Any] | None], Estimated], write: Callable[[float], str], unit: str) -> str:
+        known = (("retrained", _mean(value(view.reference))), ("original", _mean(value(view.original))))
+        return "; ".join(f"{name} {write(v)}{unit}" for name, v in known if v is not None)
 
-    def others(mine: Mapping[str, Any], value: Callable[[Mapping[str, Any] | None], str]) -> str:
-        whose = (
-            f"<bdi>{text(shorten(mine['name'], 40))}</bdi>, the nearest of {len(view.unlearned)}: " if several else ""
-        )
-        known = [(name, value(m)) for name, m in (("retrained", view.reference), ("original", view.original))]
-        return whose + ", ".join(f"{name} {shown}" for name, shown in known if shown)
+    def right(part: str) -> str:
+        value = _mean(_of(mine, "accuracy", part)) or 0.0
+        whole = f"right on {PERCENT1(value)}\u202f% of the {SET_NAMES[part]} data"
+        rest = others(partial(_of, key="accuracy", part=part), PERCENT1, "\u202f%")
+        return f"{whole}; {rest}" if rest else whole
 
-    def on(part: str) -> Callable[[Mapping[str, Any] | None], float | None]:
-        return lambda m: _mean(_of(m, "accuracy", part))
-
-    def percent(part: str) -> Callable[[Mapping[str, Any] | None], str]:
-        return lambda m: "" if (v := on(part)(m)) is None else f"{PERCENT1(v)}\u2009%"
-
-    target = on("forget")(view.reference)
-    if mine := closest(on("forget"), target):
-        value = on("forget")(mine) or 0.0
-        if target is None:
-            found.append(("Right on the forgotten data", f"{PERCENT1(value)}\u2009%", others(mine, percent("forget"))))
-        else:
-            detail = f"right on {PERCENT1(value)}\u2009% of the forgotten data; {others(mine, percent('forget'))}"
-            answer = f"{_points(value - target)} <i>points</i>"
-            found.append(
-                ("Against never having seen it", answer, _capital(detail) if not several else _capital(detail))
-            )
-    if attacks := view.attacks():
-        attack = attacks[0]
-        target = _mean(_attack(view.reference, attack))
-        if mine := closest(lambda m: _mean(_attack(m, attack)), 0.5 if target is None else target):
-            shown = AUC(_mean(_attack(mine, attack)) or 0.0)
-            rest = others(mine, lambda m: "" if (v := _mean(_attack(m, attack))) is None else AUC(v))
-            detail = f"AUC of the strongest attack, <bdi>{text(shorten(attack, 30))}</bdi>; 0.5 is a coin toss; {rest}"
-            found.append(("Can it still be told?", shown, detail.removesuffix("; ")))
-    before = on("test")(view.original)
-    if mine := closest(on("test"), before if before is not None else on("test")(view.reference)):
-        value = on("test")(mine) or 0.0
-        answer = f"{PERCENT1(value)}\u2009%" if before is None else f"{_points(value - before)} <i>points</i>"
-        detail = f"right on {PERCENT1(value)}\u2009% of the test data; {others(mine, percent('test'))}"
-        found.append(("What did it cost?", answer, _capital(detail)))
-    timed = [(s, m) for m in view.unlearned if (s := _mean(m.get("seconds"))) is not None]
-    if timed:
-        least, mine = min(timed, key=lambda pair: pair[0])
-        retrain = _mean((view.reference or {}).get("seconds"))
-        detail = f"<bdi>{text(shorten(mine['name'], 40))}</bdi>"
-        if retrain is not None and least > 0:
-            detail += f"; retraining took {_seconds(retrain)}, {_times(retrain / least)} as long"
-        found.append(("How long did it take?", _seconds(least), detail))
+    known = _mean(_of(mine, "accuracy", "forget"))
+    target = _mean(_of(view.reference, "accuracy", "forget"))
+    if known is not None and target is not None:
+        answer = f"{_points(known - target)} <i>points</i>"
+        found.append(("Is it forgotten?", answer, f"From never having seen it: {right('forget')}"))
+    elif known is not None:
+        found.append(("Is it forgotten?", f"{PERCENT1(known)}\u202f%", _capital(right("forget"))))
+    for attack in view.attacks()[:1]:
+        auc = _mean(_attack(mine, attack))
+        if auc is not None:
+            rest = others(partial(_attack, attack=attack), AUC, "")
+            detail = f"AUC of the strongest attack, <bdi>{text(shorten(attack, 30))}</bdi>; 0.5 is a coin toss"
+            found.append(("Can an attacker tell?", AUC(auc), f"{detail}; {rest}" if rest else detail))
+    after, before = _mean(_of(mine, "accuracy", "test")), _mean(_of(view.original, "accuracy", "test"))
+    if after is not None and before is not None:
+        found.append(("What did it cost?", f"{_points(after - before)} <i>points</i>", _capital(right("test"))))
+    seconds, retraining = _mean(mine.get("seconds")), _mean((view.reference or {}).get("seconds"))
+    if seconds is not None:
+        detail = "of unlearning"
+        if retraining is not None and seconds > 0:
+            detail += f"; retraining took {_seconds(retraining)}, {_times(retraining / seconds)} as long"
+        found.append(("How long did it take?", _seconds(seconds), _capital(detail)))
     return found
 
 
@@ -330,7 +328,7 @@ def _times(factor: float) -> str:
 
 
 def _capital(sentence: str) -> str:
-    return (sentence[:1].upper() + sentence[1:]).rstrip("; ")
+    return sentence[:1].upper() + sentence[1:]
 
 
 # Sections: each returns its HTML, or nothing when there is nothing to show.
@@ -338,22 +336,24 @@ def _capital(sentence: str) -> str:
 
 def _glance(view: _View) -> str:
     """Every model on one axis per quantity, the retrained models' interval shaded."""
-    panels: list[tuple[str, str, Callable[[Mapping[str, Any]], Estimated], Callable[[float], str]]] = []
+    figures = []
     for name in view.sets():
-        whole = f"Accuracy on {SET_NAMES.get(name, name)} data, %"
-        panels.append((whole, name, lambda m, s=name: _of(m, "accuracy", s), PERCENT1))  # type: ignore[misc]
-    if attacks := view.attacks():
-        strongest = attacks[0]
-        panels.append(
-            (f"Strongest attack ({shorten(strongest, 24)}), AUC", "auc", lambda m: _attack(m, strongest), AUC)
-        )
-    figures = [chart for title, _, value, write in panels if (chart := _compared(view, title, value, write))]
+        title = f"Accuracy on {SET_NAMES.get(name, name)} data, %"
+        figures.append(_compared(view, title, partial(_of, key="accuracy", part=name), PERCENT1, 4.0))
+    for attack in view.attacks()[:1]:
+        title = f"Strongest attack ({shorten(attack, 24)}), AUC"
+        figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1))
+    figures = [figure for figure in figures if figure]
     shaded = " The line is the retrained model; shaded, its interval." if view.reference else ""
     return (_grid(figures) + f'<p class="small">Whiskers are 95 % intervals.{shaded}</p>') if figures else ""
 
 
 def _compared(
-    view: _View, title: str, value: Callable[[Mapping[str, Any]], Estimated], write: Callable[[float], str]
+    view: _View,
+    title: str,
+    value: Callable[[Mapping[str, Any]], Estimated],
+    write: Callable[[float], str],
+    least: float | None = None,
 ) -> str:
     """A figure with a row per model that has this value; nothing with fewer than two."""
     rows, written, said = [], [], []
@@ -363,7 +363,7 @@ def _compared(
         if mean is None:
             continue
         note = f"{model['name']}: {_plain(estimate, write)}"
-        rows.append((model["name"], [Dot(mean, view.series[model["name"]], *interval, note)]))
+        rows.append((model["name"], [Dot(mean, view.series[model["name"]], interval[0], interval[1], note)]))
         written.append(write(mean))
         said.append(note)
     if len(rows) < 2:
@@ -371,7 +371,7 @@ def _compared(
     reference = value(view.reference) if view.reference else None
     chart = charts.dot_chart(
         view.ident(), title, "; ".join(said), rows,
-        band=_interval(reference), line=_mean(reference), written=written,
+        band=_interval(reference), line=_mean(reference), written=written, least=least,
     )  # fmt: skip
     return _figure(chart, text(title))
 
@@ -389,7 +389,7 @@ def _request(view: _View) -> str:
     forget, retain = finite(samples.get("forget")), finite(samples.get("retain"))
     if forget is not None and retain is not None and forget + retain > 0:
         part = 100 * forget / (forget + retain)
-        share = f'<p class="small">{part:.3g}\u2009% of the training data is to be forgotten.</p>'
+        share = f'<p class="small">{part:.3g}\u202f% of the training data is to be forgotten.</p>'
     return f'<dl class="pairs">{"".join(entries)}</dl>{share}' if entries else ""
 
 
@@ -417,7 +417,7 @@ def _models(view: _View) -> str:
             for s in sets
         ]
         cells += [_cell(model.get("seconds"), _seconds)] if timed else []
-        rows.append(_row(_name(view, model), cells, model.get("role") if model.get("role") in ROLES else ""))
+        rows.append(_row(_name(view, model), cells, "reference" if is_reference else ""))
     main = _table("Accuracy by model, and the gap to the retrained one", head, rows)
     return main + _within_note(view, "accuracy") + _finer(view) + _per_class(view)
 
@@ -445,7 +445,7 @@ def _finer(view: _View) -> str:
     for key, name in (("loss", "loss"), ("kl", "KL to retrained"), ("js", "JS to retrained")):
         for s in view.sets(key):
             label = f"{name}, {SET_NAMES.get(s, s)}"
-            lines.append((label, lambda m, k=key, s=s: _of(m, k, s), _digits, key == "loss"))  # type: ignore[misc]
+            lines.append((label, partial(_of, key=key, part=s), _digits, key == "loss"))
     lines.append(("ToW (1 is retrained)", lambda m: m.get("tow"), AUC, False))
     rows = []
     for label, value, write, marked in lines:
@@ -478,7 +478,7 @@ def _per_class(view: _View) -> str:
     rows = []
     for cls in shown:
         samples = next((f[cls].get("samples") for f in measured.values() if f.get(cls)), None)
-        cells = [f'<td class="count">{_whole(samples)}</td>' if samples is not None else "<td></td>"]
+        cells = ["<td></td>" if samples is None else f"<td>{_whole(samples)}</td>"]
         cells += [_cell((measured[m["name"]].get(cls) or {}).get("accuracy"), PERCENT1) for m in models]
         rows.append(_row(f"<bdi>{text(shorten(cls, 60))}</bdi>", cells))
     head = ["class", "samples", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in models)]
@@ -524,7 +524,7 @@ def _attacks(view: _View) -> str:
                 _cell(mine, AUC if k == 0 else write, None if model is view.reference else theirs)
                 for k, (mine, theirs, write) in enumerate(pairs)
             ]
-            rows.append(_row(_name(view, model), cells))
+            rows.append(_row(_name(view, model, roles=False), cells))
     if rows:
         head = ["model", "AUC", *(f"TPR, %<small>at {_rate(r)} FPR</small>" for r in rates)]
         body += _table("Membership attacks by model", head, rows) + _within_note(view, "attacks")
@@ -535,7 +535,7 @@ def _attacks(view: _View) -> str:
 
 
 def _rate(rate: object) -> str:
-    return f"{100 * float(str(rate)):.3g}\u2009%"
+    return f"{100 * float(str(rate)):.3g}\u202f%"
 
 
 def _roc(view: _View, attack: str, rates: Sequence[str]) -> str:
@@ -639,7 +639,8 @@ def _layers(view: _View) -> str:
 
     shown, _ = _most(every, lambda y: finite(y.get("relative_change")) or share(y), MOST_LAYERS, "")
     changed, of = (sum(int(finite(y.get(k)) or 0) for y in every) for k in ("changed", "of"))
-    total = f"{changed:,} of {of:,} weights changed ({100 * changed / max(of, 1):.3g}\u2009%), in {len(every):,} parameters."
+    part = 100 * changed / max(of, 1)
+    total = f"{changed:,} of {of:,} weights changed ({part:.3g}\u202f%), in {len(every):,} parameters."
     if len(shown) < len(every):
         kept = {id(y) for y in shown}
         left = [y for y in every if id(y) not in kept]
@@ -647,16 +648,14 @@ def _layers(view: _View) -> str:
         total += (
             f" Shown are the {len(shown)} that changed most; the other {len(left):,} hold {rest:,} changed weights."
         )
-    shares = [(y["name"], share(y), f"{100 * share(y):.3g}\u2009%") for y in shown]
+    shares = [(y["name"], share(y), f"{100 * share(y):.3g}\u202f%") for y in shown]
     moved = [(y["name"], v, _digits(v)) for y in shown if (v := finite(y.get("relative_change"))) is not None]
-    figures = [
-        _figure(
-            charts.bars(view.ident(), "Share of weights changed, by layer", total, shares, top=1.0), "Weights changed"
-        )
-    ]
+    series = view.series[view.unlearned[0]["name"]] if view.unlearned else 2
+    chart = charts.bars(view.ident(), "Share of weights changed, by layer", total, shares, series=series, top=1.0)
+    figures = [_figure(chart, "Weights changed")]
     if moved:
         said = "Norm of the change over the norm of the weights, in the model's order"
-        chart = charts.bars(view.ident(), "Relative change, by layer", said, moved, series=3)
+        chart = charts.bars(view.ident(), "Relative change, by layer", said, moved, series=series)
         figures.append(_figure(chart, "Relative change, \u2016\u0394w\u2016 / \u2016w\u2016"))
     return f"<p>{total}</p>{_grid(figures)}"
 
@@ -729,9 +728,7 @@ def _confusion(view: _View) -> str:
         if len(shown) < len(classes):
             rows = [[*row, max(0.0, sum(shares[k]) - sum(row))] for k, row in zip(shown, rows, strict=True)]
         said = "; ".join(f"{classes[k]}: {100 * shares[k][k]:.0f} % right" for k in shown)
-        chart = charts.heat_map(
-            view.ident(), f"Confusion {name}", said, rows, [classes[k] for k in shown], columns
-        )  # fmt: skip
+        chart = charts.heat_map(view.ident(), f"Confusion {name}", said, rows, [classes[k] for k in shown], columns)
         figures.append(_figure(chart, name.capitalize()))
     return _grid(figures) + note if figures else ""
 
@@ -869,7 +866,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[_View], str]], ...] = (
     (
         "probes",
         "Inside the layers",
-        "Did only the head go quiet? A probe that still finds the forgotten data in a layer says so; 0.5 is a coin toss.",
+        "Did only the head go quiet? Then a probe still finds the forgotten data in a layer; 0.5 is a coin toss.",
         _probes,
     ),
     (
