@@ -1,0 +1,894 @@
+"""``report.html``: what was asked, what was measured and against what, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fastunlearn.files import write_text
+from fastunlearn.report import charts
+from fastunlearn.report.charts import Dot, Line, Slope, finite, numbers, shorten, text
+
+Findings: TypeAlias = Mapping[str, Any]
+Estimated: TypeAlias = Mapping[str, Any] | None
+
+MOST_CLASSES = 20
+MOST_LAYERS = 40
+MOST_ATTACKS = 4
+MOST_SPECTRA = 6
+MOST_SLOPES = 80
+MOST_SETTINGS = 200
+WORST = 5
+SET_NAMES = {"forget": "forgotten", "retain": "retained", "test": "test"}
+ROLES = {
+    "original": "before unlearning",
+    "unlearned": "unlearned",
+    "reference": "retrained without the data",
+    "baseline": "baseline",
+}
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def write_report(findings: Findings, path: str | Path) -> None:
+    """Write one HTML file, whole or not at all, that shows ``findings``.
+
+    It holds no script and asks for nothing over the network; parts of ``findings`` that are absent or None leave
+    their section out, and long ones are cut to what changed most, which the section then says. Raises KeyError for
+    models without a name and ValueError for histograms whose edges do not fit their counts; OSError when the file
+    can not be written. Cost: linear in ``findings``; 200 to 400 kB for a handful of models.
+    """
+    write_text(path, render(findings))
+
+
+def render(findings: Findings) -> str:
+    """The page :func:`write_report` writes."""
+    view = _View(findings)
+    shown = [(key, name, note, body) for key, name, note, part in SECTIONS if (body := part(view))]
+    style = (files("fastunlearn.report") / "report.css").read_text(encoding="utf-8")
+    links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _, _ in shown)
+    sections = "".join(
+        f'<section id="{key}" aria-labelledby="{key}-h"><header><h2 id="{key}-h">{name}</h2><p>{note}</p></header>'
+        f'<div class="body">{body}</div></section>'
+        for key, name, note, body in shown
+    )
+    title = text(findings.get("title") or "Unlearning report")
+    number = (findings.get("record") or {}).get("id")
+    mast = f"<p>record <b>{text(number)}</b></p>" if number else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
+        f'<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head><body>'
+        f'<div class="page"><div class="mast"><p>fastunlearn <span>unlearning report</span></p>{mast}</div>'
+        f"<main>{_verdict(view, title)}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>{sections}</main></div></body></html>\n'
+    )
+
+
+class _View:
+    """The findings with what every section asks of them: who the models are, their colours, names for charts."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.models: list[Mapping[str, Any]] = list(findings.get("models") or [])
+        self.original = self._first("original")
+        self.reference = self._first("reference")
+        self.unlearned = [m for m in self.models if m.get("role") == "unlearned"]
+        free = count(2)
+        fixed = {"original": 0, "reference": 1}
+        self.series: dict[str, int] = {}
+        for model in self.models:
+            own = fixed.get(model.get("role", ""), -1)
+            self.series[model["name"]] = own if own >= 0 and own not in self.series.values() else next(free)
+        self._idents = count(1)
+
+    def _first(self, role: str) -> Mapping[str, Any] | None:
+        return next((m for m in self.models if m.get("role") == role), None)
+
+    def ident(self) -> str:
+        return f"c{next(self._idents)}"
+
+    def series_of(self, name: str) -> int:
+        return self.series.setdefault(name, max([1, *self.series.values()]) + 1)
+
+    def sets(self, key: str = "accuracy") -> list[str]:
+        found = [s for m in self.models for s in m.get(key) or {}]
+        return sorted(dict.fromkeys(found), key=lambda s: list(SET_NAMES).index(s) if s in SET_NAMES else 9)
+
+    def attacks(self) -> list[str]:
+        """By AUC on the original model, or on the first one measured, the strongest first."""
+        names = dict.fromkeys(a for m in self.models for a in m.get("attacks") or {})
+        order = ([self.original] if self.original else []) + self.models
+
+        def strength(attack: str) -> float:
+            found = (_mean(_attack(m, attack)) for m in order if m)
+            return next((v for v in found if v is not None), 0.0)
+
+        return sorted(names, key=lambda a: -strength(a))
+
+    def legend(self, names: Iterable[str], line: bool = False) -> str:
+        items = "".join(f"<li>{charts.swatch(self.series_of(n), line)}<bdi>{text(n)}</bdi></li>" for n in names)
+        return f'<ul class="legend">{items}</ul>'
+
+
+def _mean(estimate: Estimated) -> float | None:
+    return finite(estimate.get("mean")) if estimate else None
+
+
+def _interval(estimate: Estimated) -> tuple[float, float] | None:
+    if not estimate:
+        return None
+    low, high = finite(estimate.get("low")), finite(estimate.get("high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _of(model: Mapping[str, Any] | None, key: str, part: str) -> Estimated:
+    found: Estimated = ((model or {}).get(key) or {}).get(part)
+    return found
+
+
+def _attack(model: Mapping[str, Any] | None, attack: str, rate: str | None = None) -> Estimated:
+    measured = ((model or {}).get("attacks") or {}).get(attack) or {}
+    found: Estimated = measured.get("auc") if rate is None else (measured.get("tpr") or {}).get(rate)
+    return found
+
+
+def _within(estimate: Estimated, reference: Estimated) -> bool:
+    """Whether the mean lies in the reference's interval."""
+    mean, interval = _mean(estimate), _interval(reference)
+    return mean is not None and interval is not None and interval[0] <= mean <= interval[1]
+
+
+# Numbers as they are written.
+
+
+def _signed(shown: str) -> str:
+    return shown.replace("-", "\N{MINUS SIGN}")
+
+
+def _decimals(places: int, factor: float = 1.0) -> Callable[[float], str]:
+    def write(value: float) -> str:
+        shown = f"{value * factor:.{places}f}"
+        return _signed(shown[1:] if shown.startswith("-") and not shown.strip("-0.") else shown)
+
+    return write
+
+
+def _digits(value: float) -> str:
+    return _signed(f"{value:.3g}")
+
+
+def _points(value: float) -> str:
+    return _signed(f"{value:+.1f}") if abs(value) >= 0.05 else "0.0"
+
+
+def _seconds(value: float) -> str:
+    if value < 100:
+        return f"{value:.3g}\u202fs"
+    minutes = round(value / 60)
+    return (
+        f"{round(value)}\u202fs"
+        if value < 600
+        else f"{minutes}\u202fmin"
+        if value < 7200
+        else f"{value / 3600:.1f}\u202fh"
+    )
+
+
+PERCENT1, PERCENT2, AUC = _decimals(1), _decimals(2, 100.0), _decimals(3)
+
+
+def _plain(estimate: Estimated, write: Callable[[float], str]) -> str:
+    """Mean and interval in a row, for charts and sentences; empty when there is no mean."""
+    mean, interval = _mean(estimate), _interval(estimate)
+    if mean is None:
+        return ""
+    return write(mean) + (f" ({write(interval[0])} to {write(interval[1])})" if interval else "")
+
+
+def _cell(
+    estimate: Estimated, write: Callable[[float], str], reference: Estimated = None, gap: Estimated = None
+) -> str:
+    """A table cell: mean, interval, gap, one under the other; marked when within the reference's interval."""
+    mean, interval = _mean(estimate), _interval(estimate)
+    if mean is None:
+        return '<td class="none"><span aria-label="not measured">\N{EN DASH}</span></td>'
+    near = _within(estimate, reference)
+    sign = '<abbr title="within the interval of the retrained models">\u2248</abbr>' if near else ""
+    shown = f'<span class="mean">{sign}{write(mean)}</span>'
+    if interval:
+        shown += f"<small>{write(interval[0])} to {write(interval[1])}</small>"
+    difference = _mean(gap)
+    if difference is not None:
+        shown += f'<small class="gap">{_points(difference)} points</small>'
+    return f'<td class="{"near" if near else ""}">{shown}</td>'
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
+    """A table in a box of its own, which scrolls where the page is too narrow; ``caption`` names it."""
+    cells = "".join(f'<th scope="col">{h}</th>' for h in head)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table class="{kind}">'
+        f"<caption>{caption}</caption><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
+    return f'<tr class="{kind}"><th scope="row">{name}</th>{"".join(cells)}</tr>'
+
+
+def _name(view: _View, model: Mapping[str, Any], roles: bool = True) -> str:
+    shown = charts.swatch(view.series[model["name"]]) + f"<bdi>{text(shorten(model['name'], 60))}</bdi>"
+    shown = f'<span class="who">{shown}</span>'
+    if not roles:
+        return shown
+    role = str(model.get("role", ""))
+    runs = max((int(e.get("runs") or 1) for e in (model.get("accuracy") or {}).values() if e), default=1)
+    return f"{shown}<small>{text(ROLES.get(role, role))}{f', {runs} runs' if runs > 1 else ''}</small>"
+
+
+def _figure(chart: str, caption: str = "", kind: str = "") -> str:
+    note = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure class="{kind}">{note}{chart}</figure>'
+
+
+def _grid(figures: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+# The top of the page: the verdict, and three questions that a reader asks first.
+
+
+def _verdict(view: _View, title: str) -> str:
+    verdict = view.findings.get("verdict")
+    sentence = f'<p class="verdict">{text(verdict)}</p>' if verdict else ""
+    missing = ""
+    if view.models and view.reference is None:
+        missing = (
+            '<p class="warning">No retrained model was measured, so nothing here says how far this is from '
+            "never having seen the data.</p>"
+        )
+    cards = whose = ""
+    if view.unlearned:
+        mine = _nearest(view)
+        cards = "".join(_card(*answer) for answer in _answers(view, mine))
+        if len(view.unlearned) > 1:
+            why = "nearest to the retrained model on the forgotten data" if view.reference else "the first"
+            name = f"<b><bdi>{text(shorten(mine['name'], 60))}</bdi></b>"
+            whose = f'<p class="whose">{name}, of {len(view.unlearned)} methods {why}</p>'
+    return (
+        f'<div class="top" id="verdict"><h1>{title}</h1>{sentence}{missing}'
+        + (f'{whose}<dl class="answers">{cards}</dl>' if cards else "")
+        + "</div>"
+    )
+
+
+def _card(question: str, answer: str, detail: str) -> str:
+    return f"<div><dt>{question}</dt><dd><b>{answer}</b><span>{detail}</span></dd></div>"
+
+
+def _nearest(view: _View) -> Mapping[str, Any]:
+    """Of the unlearned models the one whose forgotten accuracy is nearest to the reference's; else the first."""
+    target = _mean(_of(view.reference, "accuracy", "forget"))
+
+    def distance(model: Mapping[str, Any]) -> float:
+        mean = _mean(_of(model, "accuracy", "forget"))
+        return math.inf if mean is None or target is None else abs(mean - target)
+
+    return min(view.unlearned, key=distance)
+
+
+def _answers(view: _View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Question, answer, and what it is to be compared with, for one unlearned model."""
+    found: list[tuple[str, str, str]] = []
+
+    def others(value: Callable[[Mapping[str, Any] | None], Estimated], write: Callable[[float], str], unit: str) -> str:
+        known = (("retrained", _mean(value(view.reference))), ("original", _mean(value(view.original))))
+        return "; ".join(f"{name} {write(v)}{unit}" for name, v in known if v is not None)
+
+    def right(part: str) -> str:
+        value = _mean(_of(mine, "accuracy", part)) or 0.0
+        whole = f"right on {PERCENT1(value)}\u202f% of the {SET_NAMES[part]} data"
+        rest = others(partial(_of, key="accuracy", part=part), PERCENT1, "\u202f%")
+        return f"{whole}; {rest}" if rest else whole
+
+    known = _mean(_of(mine, "accuracy", "forget"))
+    target = _mean(_of(view.reference, "accuracy", "forget"))
+    if known is not None and target is not None:
+        answer = f"{_points(known - target)} <i>points</i>"
+        found.append(("Is it forgotten?", answer, f"From never having seen it: {right('forget')}"))
+    elif known is not None:
+        found.append(("Is it forgotten?", f"{PERCENT1(known)}\u202f%", _capital(right("forget"))))
+    for attack in view.attacks()[:1]:
+        auc = _mean(_attack(mine, attack))
+        if auc is not None:
+            rest = others(partial(_attack, attack=attack), AUC, "")
+            detail = f"AUC of the strongest attack, <bdi>{text(shorten(attack, 30))}</bdi>; 0.5 is a coin toss"
+            found.append(("Can an attacker tell?", AUC(auc), f"{detail}; {rest}" if rest else detail))
+    after, before = _mean(_of(mine, "accuracy", "test")), _mean(_of(view.original, "accuracy", "test"))
+    if after is not None and before is not None:
+        found.append(("What did it cost?", f"{_points(after - before)} <i>points</i>", _capital(right("test"))))
+    seconds, retraining = _mean(mine.get("seconds")), _mean((view.reference or {}).get("seconds"))
+    if seconds is not None:
+        detail = "of unlearning"
+        if retraining is not None and seconds > 0:
+            detail += f"; retraining took {_seconds(retraining)}, {_times(retraining / seconds)} as long"
+        found.append(("How long did it take?", _seconds(seconds), _capital(detail)))
+    return found
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.0f} times" if factor >= 10 else f"{factor:.1f} times"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+# Sections: each returns its HTML, or nothing when there is nothing to show.
+
+
+def _glance(view: _View) -> str:
+    """Every model on one axis per quantity, the retrained models' interval shaded."""
+    figures = []
+    for name in view.sets():
+        title = f"Accuracy on {SET_NAMES.get(name, name)} data, %"
+        figures.append(_compared(view, title, partial(_of, key="accuracy", part=name), PERCENT1, 4.0))
+    for attack in view.attacks()[:1]:
+        title = f"Strongest attack ({shorten(attack, 24)}), AUC"
+        figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1))
+    figures = [figure for figure in figures if figure]
+    shaded = " The line is the retrained model; shaded, its interval." if view.reference else ""
+    return (_grid(figures) + f'<p class="small">Whiskers are 95 % intervals.{shaded}</p>') if figures else ""
+
+
+def _compared(
+    view: _View,
+    title: str,
+    value: Callable[[Mapping[str, Any]], Estimated],
+    write: Callable[[float], str],
+    least: float | None = None,
+) -> str:
+    """A figure with a row per model that has this value; nothing with fewer than two."""
+    rows, written, said = [], [], []
+    for model in view.models:
+        estimate = value(model)
+        mean, interval = _mean(estimate), _interval(estimate) or (None, None)
+        if mean is None:
+            continue
+        note = f"{model['name']}: {_plain(estimate, write)}"
+        rows.append((model["name"], [Dot(mean, view.series[model["name"]], interval[0], interval[1], note)]))
+        written.append(write(mean))
+        said.append(note)
+    if len(rows) < 2:
+        return ""
+    reference = value(view.reference) if view.reference else None
+    chart = charts.dot_chart(
+        view.ident(), title, "; ".join(said), rows,
+        band=_interval(reference), line=_mean(reference), written=written, least=least,
+    )  # fmt: skip
+    return _figure(chart, text(title))
+
+
+def _request(view: _View) -> str:
+    request = view.findings.get("request") or {}
+    entries = []
+    for key, name in (("forget", "forget"), ("retain", "retain"), ("data", "data"), ("model", "model")):
+        if request.get(key) is not None:
+            entries.append(f"<div><dt>{name}</dt><dd><bdi>{text(request[key])}</bdi></dd></div>")
+    samples = {k: n for k, n in (request.get("samples") or {}).items() if n is not None}
+    for key, n in samples.items():
+        entries.append(f"<div><dt>{text(SET_NAMES.get(key, key))} samples</dt><dd>{_whole(n)}</dd></div>")
+    share = ""
+    forget, retain = finite(samples.get("forget")), finite(samples.get("retain"))
+    if forget is not None and retain is not None and forget + retain > 0:
+        part = 100 * forget / (forget + retain)
+        share = f'<p class="small">{part:.3g}\u202f% of the training data is to be forgotten.</p>'
+    return f'<dl class="pairs">{"".join(entries)}</dl>{share}' if entries else ""
+
+
+def _whole(n: object) -> str:
+    return f"{n:,}" if isinstance(n, int) else text(n)
+
+
+def _models(view: _View) -> str:
+    sets = view.sets()
+    if not view.models or not sets:
+        return ""
+    head = ["model", *(f"{text(SET_NAMES.get(s, s))}<small>accuracy, %</small>" for s in sets)]
+    timed = any(_mean(m.get("seconds")) is not None for m in view.models)
+    head += ["time"] if timed else []
+    rows = []
+    for model in view.models:
+        is_reference = model is view.reference
+        cells = [
+            _cell(
+                _of(model, "accuracy", s),
+                PERCENT1,
+                None if is_reference else _of(view.reference, "accuracy", s),
+                _of(model, "gap", s),
+            )
+            for s in sets
+        ]
+        cells += [_cell(model.get("seconds"), _seconds)] if timed else []
+        rows.append(_row(_name(view, model), cells, "reference" if is_reference else ""))
+    main = _table("Accuracy by model, and the gap to the retrained one", head, rows)
+    return main + _within_note(view, "accuracy") + _finer(view) + _per_class(view)
+
+
+def _within_note(view: _View, key: str) -> str:
+    if view.reference is None:
+        return ""
+    known = [e for e in (view.reference.get(key) or {}).values() if e]
+    if key == "attacks":
+        known = [a.get("auc") for a in known]
+    if any(_interval(e) for e in known):
+        return (
+            '<p class="small"><b class="near">\u2248</b> marks a mean that lies within the 95 % interval of the '
+            "retrained model. Small figures are 95 % intervals.</p>"
+        )
+    return (
+        '<p class="small">The retrained model is a single run here: its own spread is unknown, so no figure is marked '
+        "as within it.</p>"
+    )
+
+
+def _finer(view: _View) -> str:
+    """Losses and distances, a line each: what the accuracies do not show."""
+    lines: list[tuple[str, Callable[[Mapping[str, Any]], Estimated], Callable[[float], str], bool]] = []
+    for key, name in (("loss", "loss"), ("kl", "KL to retrained"), ("js", "JS to retrained")):
+        for s in view.sets(key):
+            label = f"{name}, {SET_NAMES.get(s, s)}"
+            lines.append((label, partial(_of, key=key, part=s), _digits, key == "loss"))
+    lines.append(("ToW (1 is retrained)", lambda m: m.get("tow"), AUC, False))
+    rows = []
+    for label, value, write, marked in lines:
+        if any(_mean(value(m)) is not None for m in view.models):
+            reference = value(view.reference) if marked and view.reference else None
+            cells = [_cell(value(m), write, None if m is view.reference else reference) for m in view.models]
+            rows.append(_row(text(label), cells))
+    head = ["measure", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in view.models)]
+    return f"<h3>Losses and distances</h3>{_table('Losses and distances by model', head, rows)}" if rows else ""
+
+
+def _per_class(view: _View) -> str:
+    sets = view.sets("per_class")
+    if not sets:
+        return ""
+    chosen = "test" if "test" in sets else sets[0]
+    measured = {m["name"]: (m.get("per_class") or {}).get(chosen) or {} for m in view.models}
+    classes = list(dict.fromkeys(c for found in measured.values() for c in found))
+    first = measured.get(view.original["name"], {}) if view.original else {}
+
+    def accuracy(found: Mapping[str, Any], cls: str) -> float | None:
+        return _mean((found.get(cls) or {}).get("accuracy"))
+
+    def change(cls: str) -> float:
+        before = accuracy(first, cls) or 0.0
+        return max((abs((accuracy(measured[m["name"]], cls) or 0.0) - before) for m in view.unlearned), default=0.0)
+
+    shown, note = _most(classes, change, MOST_CLASSES, "classes whose accuracy changed most")
+    models = [m for m in view.models if measured[m["name"]]]
+    rows = []
+    for cls in shown:
+        samples = next((f[cls].get("samples") for f in measured.values() if f.get(cls)), None)
+        cells = ["<td></td>" if samples is None else f"<td>{_whole(samples)}</td>"]
+        cells += [_cell((measured[m["name"]].get(cls) or {}).get("accuracy"), PERCENT1) for m in models]
+        rows.append(_row(f"<bdi>{text(shorten(cls, 60))}</bdi>", cells))
+    head = ["class", "samples", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in models)]
+    title = f"Accuracy per class on {SET_NAMES.get(chosen, chosen)} data, %"
+    return f"<h3>{text(title)}</h3>{_table(text(title), head, rows)}{note}"
+
+
+def _most(items: Sequence[Any], key: Callable[[Any], float], most: int, what: str) -> tuple[list[Any], str]:
+    """Those with the largest ``key``, in their own order, and a sentence about how many were left out."""
+    if len(items) <= most:
+        return list(items), ""
+    kept = sorted(sorted(range(len(items)), key=lambda k: -key(items[k]))[:most])
+    note = f'<p class="small">Shown are the {most} {what}, of {len(items):,}; {len(items) - most:,} are left out.</p>'
+    return [items[k] for k in kept], note
+
+
+def _attacks(view: _View) -> str:
+    attacks = view.attacks()
+    names = [m["name"] for m in view.models]
+    curves = view.findings.get("roc") or {}
+    rates = sorted(
+        {r for m in view.models for a in (m.get("attacks") or {}).values() for r in (a or {}).get("tpr") or {}},
+        key=float,
+    )
+    shown = attacks or sorted({a for found in curves.values() for a in found or {}})
+    figures = [chart for a in shown[:MOST_ATTACKS] if (chart := _roc(view, a, rates))]
+    body = ""
+    if figures:
+        drawn = [n for n in names if curves.get(n)] + [n for n in curves if n not in names]
+        left = len(shown) - MOST_ATTACKS
+        note = f'<p class="small">Curves of the {MOST_ATTACKS} strongest attacks; {left} more in the table.</p>'
+        body += view.legend(drawn, line=True) + _grid(figures) + (note if left > 0 else "")
+    rows = []
+    for attack in attacks:
+        rows.append(
+            f'<tr class="group"><th scope="rowgroup" colspan="{2 + len(rates)}"><bdi>{text(attack)}</bdi></th></tr>'
+        )
+        for model in view.models:
+            if _attack(model, attack) is None:
+                continue
+            pairs = [(_attack(model, attack, r), _attack(view.reference, attack, r), PERCENT2) for r in [None, *rates]]
+            cells = [
+                _cell(mine, AUC if k == 0 else write, None if model is view.reference else theirs)
+                for k, (mine, theirs, write) in enumerate(pairs)
+            ]
+            rows.append(_row(_name(view, model, roles=False), cells))
+    if rows:
+        head = ["model", "AUC", *(f"TPR, %<small>at {_rate(r)} FPR</small>" for r in rates)]
+        body += _table("Membership attacks by model", head, rows) + _within_note(view, "attacks")
+    svc = _compared(
+        view, "SVC confidence attack: forgotten samples taken for members, %", lambda m: m.get("svc"), PERCENT1
+    )
+    return body + (_grid([svc]) if svc else "")
+
+
+def _rate(rate: object) -> str:
+    return f"{100 * float(str(rate)):.3g}\u202f%"
+
+
+def _roc(view: _View, attack: str, rates: Sequence[str]) -> str:
+    lines, dots, said = [], [], []
+    lowest: list[float] = []
+    known = {m["name"]: m for m in view.models}
+    for name, found in (view.findings.get("roc") or {}).items():
+        curve = (found or {}).get(attack)
+        if not curve:
+            continue
+        series = view.series_of(name)
+        lines.append(Line(curve["fpr"], curve["tpr"], series, name, steps=True))
+        lowest += [v for v in numbers(curve["fpr"]) if v > 0][:1]
+        for rate in rates:
+            value = _mean(_attack(known.get(name), attack, rate))
+            if value is not None:
+                dots.append((float(rate), value, series))
+        auc = _mean(_attack(known.get(name), attack))
+        said.append(f"{name}: AUC {AUC(auc)}" if auc is not None else name)
+    if not lines:
+        return ""
+    low = min(1e-3, 10.0 ** math.floor(math.log10(min(lowest, default=1e-3)) + 1e-9))
+    ends = (max(low, 1e-5), 1.0)
+    chart = charts.line_chart(
+        view.ident(), f"ROC of the attack {attack}, both axes by decades", "; ".join(said), lines,
+        "false positives (test data)", "true positives (forgotten data)", x=ends, y=ends, log=True, percent=True,
+        diagonal=True, verticals=[(float(r), "") for r in rates], dots=dots,
+    )  # fmt: skip
+    return _figure(chart, f"<bdi>{text(shorten(attack, 60))}</bdi>")
+
+
+def _leaks(view: _View) -> str:
+    leaks = view.findings.get("leaks") or {}
+    groups = (("forgotten", "Forgotten samples"), ("neighbours", "Retained neighbours"))
+    parts = [_leak(view, name, leaks[key], key == "neighbours") for key, name in groups if leaks.get(key)]
+    return _grid(parts) if parts else ""
+
+
+def _leak(view: _View, name: str, found: Mapping[str, Any], by_rise: bool) -> str:
+    columns = ["before", "after"] + (["reference"] if found.get("reference") else [])
+    series = [list(found.get(c) or []) for c in columns]
+    ids = [str(i) for i in found.get("ids") or []]
+    size = min(len(ids), *(len(s) for s in series))
+    values = [[finite(s[k]) for s in series] for k in range(size)]
+    known = [k for k in range(size) if values[k][1] is not None]
+    if not known:
+        return ""
+
+    def badness(k: int) -> float:
+        before, after = values[k][0], values[k][1] or 0.0
+        return after - (before or 0.0) if by_rise else after
+
+    order = sorted(known, key=badness, reverse=True)
+    worst = order[:WORST]
+    rest = order[WORST:]
+    stride = max(1, -(-len(rest) // MOST_SLOPES))
+    slopes = [Slope(values[k], ids[k]) for k in rest[::stride]]
+    slopes += [Slope(values[k], ids[k], "worst") for k in worst]
+    middle = [_median(numbers(values[k][c] for k in known)) for c in range(len(columns))]
+    slopes.append(Slope(middle, "median", "middle"))
+    headings = ["before", "after", "retrained"][: len(columns)]
+    said = ", ".join(f"{h} {_digits(v)}" for h, v in zip(headings, middle, strict=True) if v is not None)
+    title = f"{name}: leak score before and after"
+    chart = charts.slope_chart(
+        view.ident(),
+        title,
+        f"Median of {len(known):,}: {said}",
+        headings,
+        slopes,
+        "leak score (higher gives away more)",
+    )
+    rows = [
+        _row(
+            f"<code>{text(shorten(ids[k], 28))}</code>",
+            ["<td>\N{EN DASH}</td>" if v is None else f"<td>{_digits(v)}</td>" for v in values[k]],
+        )
+        for k in worst
+    ]
+    kind = "whose score rose most" if by_rise else "with the highest score after"
+    table = _table(f"{name}: the {len(rows)} {kind}", ["sample", *headings], rows)
+    thinned = f" {len(slopes) - 1:,} of {len(known):,} drawn." if len(slopes) - 1 < len(known) else ""
+    caption = f"{name} <small>thick: median ({said}); coloured: the {len(worst)} {kind}.{thinned}</small>"
+    return f'<div class="stack">{_figure(chart, caption)}{table}</div>'
+
+
+def _median(values: Sequence[float]) -> float | None:
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    if not ordered:
+        return None
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def _layers(view: _View) -> str:
+    every = list(view.findings.get("layers") or [])
+    if not every:
+        return ""
+
+    def share(layer: Mapping[str, Any]) -> float:
+        return (finite(layer.get("changed")) or 0.0) / max(finite(layer.get("of")) or 0.0, 1.0)
+
+    shown, _ = _most(every, lambda y: finite(y.get("relative_change")) or share(y), MOST_LAYERS, "")
+    changed, of = (sum(int(finite(y.get(k)) or 0) for y in every) for k in ("changed", "of"))
+    part = 100 * changed / max(of, 1)
+    total = f"{changed:,} of {of:,} weights changed ({part:.3g}\u202f%), in {len(every):,} parameters."
+    if len(shown) < len(every):
+        kept = {id(y) for y in shown}
+        left = [y for y in every if id(y) not in kept]
+        rest = sum(int(finite(y.get("changed")) or 0) for y in left)
+        total += (
+            f" Shown are the {len(shown)} that changed most; the other {len(left):,} hold {rest:,} changed weights."
+        )
+    shares = [(y["name"], share(y), f"{100 * share(y):.3g}\u202f%") for y in shown]
+    moved = [(y["name"], v, _digits(v)) for y in shown if (v := finite(y.get("relative_change"))) is not None]
+    series = view.series[view.unlearned[0]["name"]] if view.unlearned else 2
+    chart = charts.bars(view.ident(), "Share of weights changed, by layer", total, shares, series=series, top=1.0)
+    figures = [_figure(chart, "Weights changed")]
+    if moved:
+        said = "Norm of the change over the norm of the weights, in the model's order"
+        chart = charts.bars(view.ident(), "Relative change, by layer", said, moved, series=series)
+        figures.append(_figure(chart, "Relative change, \u2016\u0394w\u2016 / \u2016w\u2016"))
+    return f"<p>{total}</p>{_grid(figures)}"
+
+
+def _by_layer(view: _View, found: Mapping[str, Mapping[str, Any]] | None, title: str, chance: float | None) -> str:
+    """A row per layer, a dot per model."""
+    found = {name: layers for name, layers in (found or {}).items() if layers}
+    every = list(dict.fromkeys(layer for layers in found.values() for layer in layers))
+    if not every:
+        return ""
+
+    def values(layer: str) -> list[float]:
+        return numbers(layers.get(layer) for layers in found.values())
+
+    def spread(layer: str) -> float:
+        known = values(layer)
+        return max(known) - min(known) if known else 0.0
+
+    shown, note = _most(every, spread, MOST_LAYERS, "layers in which the models differ most")
+    rows = []
+    for layer in shown:
+        dots = [
+            Dot(v, view.series_of(name), note=f"{name}, {layer}: {_digits(v)}")
+            for name, layers in found.items()
+            if (v := finite(layers.get(layer))) is not None
+        ]
+        rows.append((layer, dots))
+    said = "; ".join(
+        f"{name}: {_digits(min(known))} to {_digits(max(known))}"
+        for name, layers in found.items()
+        if (known := numbers(layers.values()))
+    )
+    chart = charts.dot_chart(view.ident(), title, said, rows, line=chance, row=20.0)
+    return _figure(chart, text(title)) + note
+
+
+def _probes(view: _View) -> str:
+    probes, distance = (view.findings.get(k) or {} for k in ("probes", "activation_distance"))
+    figures = [
+        _by_layer(view, probes, "Linear probe for the forgotten data, AUC by layer", 0.5),
+        _by_layer(view, distance, "Distance of the activations from the retrained model's, by layer", None),
+    ]
+    names = [n for n in view.series if n in probes or n in distance]
+    names += [n for n in dict.fromkeys([*probes, *distance]) if n not in names]
+    shown = [f'<div class="stack">{f}</div>' for f in figures if f]
+    return view.legend(names) + _grid(shown) if shown else ""
+
+
+def _confusion(view: _View) -> str:
+    confusion = view.findings.get("confusion")
+    if not confusion:
+        return ""
+    named = (("before", "before"), ("after", "after"), ("reference", "retrained"))
+    matrices = {name: _shares(confusion[key]) for key, name in named if confusion.get(key)}
+    classes = [str(c) for c in confusion["classes"]]
+    before, after = matrices.get("before"), matrices.get("after")
+
+    def moved(cls: int) -> float:
+        if not before or not after:
+            return 0.0
+        return sum(abs(a - b) for a, b in zip(before[cls], after[cls], strict=True))
+
+    shown, note = _most(range(len(classes)), moved, MOST_CLASSES, "classes whose predictions changed most")
+    columns = [classes[k] for k in shown]
+    if len(shown) < len(classes):
+        columns.append("all other")
+    figures = []
+    for name, shares in matrices.items():
+        rows = [[shares[k][j] for j in shown] for k in shown]
+        if len(shown) < len(classes):
+            rows = [[*row, max(0.0, sum(shares[k]) - sum(row))] for k, row in zip(shown, rows, strict=True)]
+        said = "; ".join(f"{classes[k]}: {100 * shares[k][k]:.0f} % right" for k in shown)
+        chart = charts.heat_map(view.ident(), f"Confusion {name}", said, rows, [classes[k] for k in shown], columns)
+        figures.append(_figure(chart, name.capitalize()))
+    return _grid(figures) + note if figures else ""
+
+
+def _shares(counts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Each row as shares of its sum; zeros for a class without samples."""
+    return [[n / total if total else 0.0 for n in row] for row in counts for total in [sum(row)]]
+
+
+def _histograms(view: _View) -> str:
+    figures = []
+    for found in view.findings.get("histograms") or []:
+        edges, counts = list(found["edges"]), list(found["counts"])
+        merged = -(-len(counts) // 120)
+        edges = [*edges[:-1:merged], edges[-1]]
+        counts = [sum(numbers(counts[k : k + merged])) for k in range(0, len(counts), merged)]
+        mark = finite(found.get("mark"))
+        said = f"{sum(counts):,} values from {edges[0]:.3g} to {edges[-1]:.3g}"
+        label = "" if mark is None else f"\u03b3 = {mark:.3g}"
+        chart = charts.histogram(
+            view.ident(), str(found.get("title") or ""), said, edges, counts, str(found.get("xlabel") or ""),
+            mark=mark, mark_label=label,
+        )  # fmt: skip
+        figures.append(_figure(chart, text(found.get("title") or "")))
+    return _grid(figures) if figures else ""
+
+
+def _spectra(view: _View) -> str:
+    every = [s for s in view.findings.get("spectra") or [] if s.get("retain") or s.get("forget")]
+    if not every:
+        return ""
+    last = min(len(every), MOST_SPECTRA) - 1
+    shown = [every[round(k * (len(every) - 1) / last)] for k in range(last + 1)] if last else every[:1]
+    figures = []
+    for found in shown:
+        lines = []
+        for series, key in ((1, "retain"), (2, "forget")):
+            values = list(found.get(key) or [])
+            stride = -(-len(values) // 200) or 1
+            lines.append(Line(range(1, len(values) + 1, stride), values[::stride], series, f"{SET_NAMES[key]} data"))
+        above = [v for line in lines for v in numbers(line.ys) if v > 0]
+        low, high = charts.domain(above, log=True)
+        name = str(found.get("layer", ""))
+        said = "; ".join(f"{line.name}: {len(numbers(line.ys))} values" for line in lines)
+        chart = charts.line_chart(
+            view.ident(), f"Spectrum of the inputs of {name}", said, lines, "direction, by rank", "share of the energy",
+            y=(max(low, high * 1e-8), high), log=True, height=240.0,
+        )  # fmt: skip
+        figures.append(_figure(chart, f"<bdi>{text(shorten(name, 60))}</bdi>"))
+    legend = "".join(f"<li>{charts.swatch(s, True)}{name} data</li>" for s, name in ((1, "retained"), (2, "forgotten")))
+    left = len(every) - len(shown)
+    note = (
+        f'<p class="small">Shown are {len(shown)} of {len(every):,} layers, evenly through the model.</p>'
+        if left
+        else ""
+    )
+    return f'<ul class="legend">{legend}</ul>{_grid(figures)}{note}'
+
+
+def _relearn(view: _View) -> str:
+    chart = _compared(view, "Steps until the forgotten data is known again", lambda m: m.get("relearn"), _digits)
+    return _grid([chart]) if chart else ""
+
+
+def _limits(view: _View) -> str:
+    limits = view.findings.get("limits") or []
+    return f'<ul class="limits">{"".join(f"<li>{text(limit)}</li>" for limit in limits)}</ul>' if limits else ""
+
+
+def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and not any(isinstance(v, Mapping | list | tuple) for v in value):
+        yield name, ", ".join(map(str, value)) or "none"
+    else:
+        yield name, "none" if value is None else str(value)
+
+
+def _settings(view: _View) -> str:
+    parts = []
+    for key, name in (("settings", "Settings"), ("versions", "Versions"), ("device", "Device")):
+        pairs = list(_flat(view.findings.get(key) or {}, ""))
+        pairs = [(k, v) for k, v in pairs if k]
+        left = len(pairs) - MOST_SETTINGS
+        entries = "".join(
+            f"<div><dt>{text(shorten(k, 80))}</dt><dd><bdi>{text(shorten(v, 400))}</bdi></dd></div>"
+            for k, v in pairs[:MOST_SETTINGS]
+        )
+        note = f'<p class="small">{left:,} more are in the record.</p>' if left > 0 else ""
+        if entries:
+            parts.append(f'<div><h3>{name}</h3><dl class="pairs">{entries}</dl>{note}</div>')
+    return "".join(parts)
+
+
+def _record(view: _View) -> str:
+    record = view.findings.get("record") or {}
+    entries = [
+        f"<div><dt>{name}</dt><dd><code>{text(record[key])}</code></dd></div>"
+        for key, name in (("id", "record"), ("sha256", "SHA-256"))
+        if record.get(key)
+    ]
+    check = (
+        '<p class="small">Check it with <code>fastunlearn verify record.json --weights \u2026</code></p>'
+        if entries
+        else ""
+    )
+    return f'<dl class="pairs">{"".join(entries)}</dl>{check}' if entries else ""
+
+
+# Key, name, how to read it, and the function that writes it; in the order of the page.
+SECTIONS: tuple[tuple[str, str, str, Callable[[_View], str]], ...] = (
+    ("glance", "At a glance", "The nearer to the retrained model, the better: not the lower, not the higher.", _glance),
+    ("request", "Request", "What was to be forgotten, and from what.", _request),
+    (
+        "models",
+        "Models",
+        "Share of samples put in their right class. The gap is to a model trained anew without the forgotten data.",
+        _models,
+    ),
+    (
+        "attacks",
+        "Membership attacks",
+        "Can forgotten samples be told from test samples, which no model ever saw? On the diagonal they can not. What "
+        "counts is the left end: few false alarms.",
+        _attacks,
+    ),
+    (
+        "leaks",
+        "Single samples",
+        "Averages hide the one sample that stays. Retained neighbours may become more exposed when others leave.",
+        _leaks,
+    ),
+    ("layers", "What changed", "Weights of the unlearned model against the original, in the model's order.", _layers),
+    (
+        "probes",
+        "Inside the layers",
+        "Did only the head go quiet? Then a probe still finds the forgotten data in a layer; 0.5 is a coin toss.",
+        _probes,
+    ),
+    (
+        "confusion",
+        "Confusion",
+        "Where the test samples of each class (rows) are put (columns), in % of the row.",
+        _confusion,
+    ),
+    ("histograms", "How weights were chosen", "Coloured: beyond the threshold.", _histograms),
+    (
+        "spectra",
+        "Spectra",
+        "How the energy of a layer's inputs spreads over directions. Both axes by decades.",
+        _spectra,
+    ),
+    (
+        "relearn",
+        "Relearning",
+        "Fewer steps than the retrained model needs: a trace was left.",
+        _relearn,
+    ),
+    ("limits", "Limits", "What these figures do not show.", _limits),
+    ("settings", "How it was run", "Enough to run it again.", _settings),
+    ("record", "Record", "The file beside this report holds every figure.", _record),
+)
