@@ -22,7 +22,7 @@ def compare(versus: Versus, benchmark: Any, build: Build, models: int, x: Tensor
     keep = torch.stack([torch.randperm(len(y), generator=generator) < len(y) // 2 for _ in range(models)])
     x, y = x.to(DEVICE), y.to(DEVICE)
 
-    def train(mode: Mode, epochs: int = 2) -> Any:
+    def train(mode: Mode, epochs: int = 5) -> Any:
         return train_models(build, Recipe(epochs=epochs), x, y, keep, range(models), mode=mode, device=DEVICE)
 
     _, report = train("auto", 1)

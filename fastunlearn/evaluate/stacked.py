@@ -28,8 +28,8 @@ from fastunlearn.outcome import track
 Mode = Literal["auto", "stacked", "sequential"]
 Build = Callable[[], nn.Module]
 
-WARM_UP_STEPS = 2
-TIMED_STEPS = 10
+WARM_UP_STEPS = 3
+TIMED_STEPS = 20
 TIMED_SECONDS = 0.3  # after at least three steps
 
 
@@ -224,31 +224,31 @@ def choose_mode(
     mode: Mode,
     device: torch.device,
 ) -> TrainingReport:
-    """Time a few steps of both ways on throw-away models and take the faster; times nothing unless ``mode`` is auto.
+    """Time a few steps of both ways on throw-away models and take the faster.
 
-    Errors of the model or the data are raised from the way in which models are trained one after another.
+    With ``mode="stacked"`` one step of each is taken, to see that the model can do it. Errors of the model or the data
+    are raised from the way in which models are trained one after another.
     """
     if mode == "sequential":
         return TrainingReport("sequential", "asked for")
     members = max(_cohorts(recipe, subsets), key=len)
-    chosen = [subsets[m] for m in members], [seeds[m] for m in members]
-    if mode == "auto" and len(members) == 1:
-        alone = _time_alone(build, recipe, samples, subsets[0], seeds[0], device)
-        return TrainingReport(
-            "sequential", "no two models take equally many steps", {"sequential": alone * len(subsets)}
-        )
-    alone = _time_alone(build, recipe, samples, chosen[0][0], chosen[1][0], device)
+    steps = TIMED_STEPS if mode == "auto" else 0
+    alone = _time_alone(build, recipe, samples, subsets[members[0]], seeds[members[0]], device, steps)
     seconds = {"sequential": alone * len(subsets)}
+    if mode == "auto" and len(members) == 1:
+        return TrainingReport("sequential", "no two models take equally many steps", seconds)
     try:
-        together = _time_stack(build, recipe, samples, *chosen, device)
+        together = _time_stack(
+            build, recipe, samples, [subsets[m] for m in members], [seeds[m] for m in members], device, steps
+        )
     except (RuntimeError, ValueError, TypeError) as error:  # the same steps have just worked one model at a time
         reason = f"vmap can not do this model: {type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}"
         if mode == "stacked":
             raise ValueError(f"{reason}; train with mode='auto' or 'sequential'") from error
         return TrainingReport("sequential", reason, seconds)
-    seconds["stacked"] = together * len(subsets) / len(members)
     if mode == "stacked":
-        return TrainingReport("stacked", "asked for", seconds)
+        return TrainingReport("stacked", "asked for")
+    seconds["stacked"] = together * len(subsets) / len(members)
     faster = min(seconds, key=lambda way: seconds[way])
     ratio = max(seconds.values()) / min(seconds.values())
     return TrainingReport(faster, f"{ratio:.2f} times as fast in a few timed steps", seconds)
@@ -385,7 +385,7 @@ def _stacked_batch(samples: Samples, batches: Sequence[Tensor], device: torch.de
 
 
 def _time_alone(
-    build: Build, recipe: Recipe, samples: Samples, subset: Tensor, seed: int, device: torch.device
+    build: Build, recipe: Recipe, samples: Samples, subset: Tensor, seed: int, device: torch.device, steps: int
 ) -> float:
     model = initial_model(build, seed, device).train()
     order = Shuffled(samples, subset, recipe.batch_size, seed).order(0)
@@ -396,7 +396,7 @@ def _time_alone(
         descend(model, [samples.batch(order[k % max(1, len(order) - 1)])], "data", optimizer, 1, scheduler=schedule)
 
     with preserved(model):
-        return _seconds_per_step(step, device)
+        return _seconds_per_step(step, steps, device)
 
 
 def _time_stack(
@@ -406,23 +406,24 @@ def _time_stack(
     subsets: Sequence[Tensor],
     seeds: Sequence[int],
     device: torch.device,
+    steps: int,
 ) -> float:
     models = [initial_model(build, seed, device).train() for seed in seeds]
     stack = _Stack.of(models, Recipe(_most_steps(), recipe.lr, recipe.weight_decay, recipe.batch_size), 1)
     orders = [Shuffled(samples, s, recipe.batch_size, seed).order(0) for s, seed in zip(subsets, seeds, strict=True)]
     full = max(1, len(orders[0]) - 1)  # the last batch of an epoch is smaller
     with preserved(models[0]):
-        return _seconds_per_step(lambda k: stack.step(samples, [order[k % full] for order in orders]), device)
+        return _seconds_per_step(lambda k: stack.step(samples, [order[k % full] for order in orders]), steps, device)
 
 
 def _most_steps() -> int:
     return WARM_UP_STEPS + TIMED_STEPS + 1
 
 
-def _seconds_per_step(step: Callable[[int], None], device: torch.device) -> float:
-    """Median of a few; one model's time or a stack's."""
+def _seconds_per_step(step: Callable[[int], None], steps: int, device: torch.device) -> float:
+    """Median of a few steps, one model's or a stack's; for ``steps = 0`` one is taken and not timed."""
     times: list[float] = []
-    for k in range(WARM_UP_STEPS + TIMED_STEPS):
+    for k in range(WARM_UP_STEPS + steps if steps else 1):
         _wait_for(device)
         start = time.perf_counter()
         step(k)
@@ -431,7 +432,7 @@ def _seconds_per_step(step: Callable[[int], None], device: torch.device) -> floa
             times.append(time.perf_counter() - start)
         if len(times) >= 3 and sum(times) > TIMED_SECONDS:
             break
-    return sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 2] if times else 0.0
 
 
 def _wait_for(device: torch.device) -> None:
