@@ -24,6 +24,7 @@ from fastunlearn.jobs.config import Config, ConfigError, add_flags, resolve
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
            "batch_size", "device", "seed")  # fmt: skip
 MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
+ONE_METHOD = ("method", "settings", "method_samples")
 COMMANDS = {
     "unlearn": (
         *OPENING,
@@ -69,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastunlearn", description="Make trained networks forget.", allow_abbrev=False,
-        epilog="exit codes: 0 done, 1 refused or failed, 2 wrong flag or configuration, 3 verify found something wrong, "
-        "130 interrupted",
+        epilog="exit codes: 0 done, 1 refused or failed, 2 wrong flag or configuration, 3 verify found something "
+        "wrong, 130 interrupted",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -173,13 +173,9 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     for f in fields(Config):
         if f.name not in names:
             continue
-        kind = str(f.type).removesuffix(" | None").split("[")[0]
+        kind = _kind(f.type)
         default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
-        options: dict[str, Any] = {
-            "dest": f.name,
-            "default": None,
-            "help": f.metadata["help"].replace("%", "%%") + default,
-        }
+        options: dict[str, Any] = {"dest": f.name, "default": None, "help": HELP[f.name] + default}
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         elif kind == "dict":

@@ -19,7 +19,6 @@ from fastunlearn import ops
 from fastunlearn.checkpoint import digest, load_into, load_weights, save_weights
 from fastunlearn.evaluate.stacked import train_models
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.attacking import shadow_attacks
 from fastunlearn.jobs.config import Config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import layer_changes, leaks, measure
@@ -30,7 +29,7 @@ from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
-from fastunlearn.report.log import append, last_hash, locked
+from fastunlearn.report.log import locked
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import (
     device_name,
@@ -112,6 +111,8 @@ class _Run:
             confusions[role] = found.pop("confusion")
             rows.append(model_row(label, role, [{**found, "seconds": seconds}]))
         if config.shadows:
+            from fastunlearn.jobs.attacking import shadow_attacks
+
             extra = phase("shadows", lambda: shadow_attacks(task, unlearned, self.space.out, self.say))
             for row in rows:
                 row["attacks"] |= extra["attacks"].get(row["role"], {})
@@ -156,7 +157,7 @@ class _Run:
             write_salt(space.path / "salt", new_salt())
         write_pictures(findings, space.path / "pictures")
         origin = task.weights if task.weights is not None else Path("the model's own")
-        with locked(log) as journal:
+        with locked(log) as held:
             made = record(
                 before=weights_entry(origin, digest(self.before)),
                 after=weights_entry(checkpoint, digest(after)),
@@ -172,7 +173,7 @@ class _Run:
                 metrics=findings["models"],
                 limits=findings["limits"],
                 config=config.as_dict(),
-                previous=last_hash(log),
+                previous=held.last_hash,
                 identifier=self.request["id"],
                 created=self.request["created"],
             )  # fmt: skip
@@ -181,7 +182,7 @@ class _Run:
             write_report(findings, space.path / "report.html")
             write_json(space.path / "record.json", made)
             space.finish()
-            append(journal, space.out / "record.json")
+            held.append(space.out / "record.json")
 
     def _unlearn(self) -> dict[str, Any]:
         task, config = self.task, self.config
@@ -252,14 +253,14 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     for key, value in config.as_dict().items():
         if key not in ("out", "log", "cache") and written.get(key) != value:
             raise ValueError(f"{out} holds the results for another {key}: {written.get(key)!r}, now {value!r}")
-    with locked(log) as journal:
+    with locked(log) as held:
         found = read_record(out / "record.json")
-        if found["previous"] != last_hash(log) and not _in_log(log, record_hash(found)):
+        if found["previous"] != held.last_hash and not _in_log(log, record_hash(found)):
             # Killed between the rename and the log, and another request came first.
-            found["previous"] = last_hash(log)
+            found["previous"] = held.last_hash
             write_json(out / "record.json", found)
         if not _in_log(log, record_hash(found)):
-            append(journal, out / "record.json")
+            held.append(out / "record.json")
     if (out / KEPT).exists():
         forget_phases(out)
     findings: dict[str, Any] = json.loads((out / "findings.json").read_text())

@@ -32,7 +32,9 @@ def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int
     """
     size = task.config.batch_size
     loaders = {name: part.loader(size) for name, part in task.sets.items()}
-    metrics = evaluate(model, reference=reference, **loaders)
+    metrics = evaluate(
+        model, forget=loaders["forget"], retain=loaders["retain"], test=loaders.get("test"), reference=reference
+    )
     found: dict[str, Any] = {
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
@@ -68,7 +70,7 @@ def _finite(value: Any) -> Any:
 
 def _attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]:
     """Forgotten samples as members against test samples of the same classes, if there are any."""
-    nothing = {"attacks": {}, "roc": {}, "svc": None}
+    nothing: dict[str, Any] = {"attacks": {}, "roc": {}, "svc": None}
     if "test" not in of:
         return nothing
     others = _like(of["test"], of["forget"])

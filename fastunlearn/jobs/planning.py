@@ -154,7 +154,7 @@ def _backward(model: nn.Module, batch: Batch) -> None:
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The fastest of at least three runs."""
     found: list[float] = []
     while len(found) < 3 or sum(found) < TIMED:
