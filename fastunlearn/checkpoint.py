@@ -41,7 +41,7 @@ DTYPES = {
 # What torch.load(weights_only=True) raises for bytes that are no pickle of weights.
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
-    OverflowError, MemoryError, struct.error,
+    OverflowError, MemoryError, OSError, struct.error,
 )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def write_safetensors(file: BinaryIO, state: State, metadata: Mapping[str, str]) -> None:
     """Write the safetensors format tensor by tensor; safetensors' own ``save`` holds the whole model twice more.
 
-    Tensors are laid out as its own writer does it: widest types first, then by name.
+    Widest types come first, so that every value is aligned, and then by name.
     """
     order = sorted(state, key=lambda key: (-state[key].element_size(), key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
