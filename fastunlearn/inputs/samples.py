@@ -188,7 +188,7 @@ def from_parts(reading: Reading, parts: Mapping[str, Any], where: str | None = N
     x = found(parts, options.inputs, INPUT_NAMES, "inputs", where)
     y = found(parts, options.targets, TARGET_NAMES, "targets", where)
     if options.id is not None and options.id not in parts:
-        raise ValueError(f"{where} has no {options.id!r} (option id); it has {_listed(parts)}")
+        raise ValueError(f"{where} has no {options.id!r} (option id); it has {listed(parts)}")
     ids = None if options.id is None else arrays.ids_from(parts[options.id], f"{where}: {options.id!r}")
     return assembled(reading, parts[x], parts[y], ids, f"{where}: {x!r}", f"{where}: {y!r}")
 
@@ -216,17 +216,17 @@ def found(parts: Mapping[str, Any], asked: str | None, names: Sequence[str], opt
     """The name of the array or column for ``option``; raises ValueError listing what is there."""
     if asked is not None:
         if asked not in parts:
-            raise ValueError(f"{where} has no {asked!r} (option {option}); it has {_listed(parts)}")
+            raise ValueError(f"{where} has no {asked!r} (option {option}); it has {listed(parts)}")
         return asked
     for name in names:
         if name in parts:
             return name
     raise ValueError(
-        f"{where} has none of {', '.join(names)}; it has {_listed(parts)}: name one with the option {option}"
+        f"{where} has none of {', '.join(names)}; it has {listed(parts)}: name one with the option {option}"
     )
 
 
-def _listed(parts: Mapping[str, Any], most: int = 10) -> str:
+def listed(parts: Mapping[str, Any], most: int = 10) -> str:
     names = [repr(str(name)) for name in parts]
     return (", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")) or "nothing"
 
