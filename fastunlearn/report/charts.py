@@ -334,7 +334,7 @@ def dot_chart(
     if band and finite(band[0]) is not None and finite(band[1]) is not None:
         left, wide = across(band[0]), max(across(band[1]) - across(band[0]), 1.5)
         parts.append(f'<rect class="band" x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{bottom - top:.1f}"/>')
-    for value, label in across.ticks(4):
+    for value, label in across.ticks():
         at = across(value)
         parts.append(f'<path class="grid" d="M{at:.1f} {top}V{bottom:.1f}"/>')
         parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{label}</text>')
@@ -472,8 +472,8 @@ def histogram(
     if mark is not None:
         at = across(mark)
         side, anchor = (at - 4, "end") if at > (across.start + across.end) / 2 else (at + 4, "start")
-        parts.append(f'<path class="reference" d="M{at:.1f} {up.start:.1f}V{up.end - 4:.1f}"/>')
-        parts.append(f'<text class="value" x="{side:.1f}" y="{up.end + 5:.1f}" text-anchor="{anchor}">')
+        parts.append(f'<path class="reference" d="M{at:.1f} {up.start:.1f}V{up.end - 14:.1f}"/>')
+        parts.append(f'<text class="value" x="{side:.1f}" y="{up.end - 6:.1f}" text-anchor="{anchor}">')
         parts.append(f"{text(mark_label)}</text>")
     return svg(ident, title, description, height, parts)
 

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fastunlearn.files import write_text
 from fastunlearn.report import charts
@@ -16,6 +16,7 @@ from fastunlearn.report.charts import Dot, Line, Slope, finite, numbers, shorten
 
 Findings: TypeAlias = Mapping[str, Any]
 Estimated: TypeAlias = Mapping[str, Any] | None
+T = TypeVar("T")
 
 MOST_CLASSES = 20
 MOST_LAYERS = 40
@@ -23,6 +24,7 @@ MOST_ATTACKS = 4
 MOST_SPECTRA = 6
 MOST_SLOPES = 80
 MOST_SETTINGS = 200
+MOST_COLUMNS = 8
 WORST = 5
 SET_NAMES = {"forget": "forgotten", "retain": "retained", "test": "test"}
 ROLES = {
@@ -47,7 +49,7 @@ def write_report(findings: Findings, path: str | Path) -> None:
 
 def render(findings: Findings) -> str:
     """The page :func:`write_report` writes."""
-    view = _View(findings)
+    view = View(findings)
     shown = [(key, name, note, body) for key, name, note, part in SECTIONS if (body := part(view))]
     style = (files("fastunlearn.report") / "report.css").read_text(encoding="utf-8")
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _, _ in shown)
@@ -71,8 +73,13 @@ def render(findings: Findings) -> str:
     )
 
 
-class _View:
-    """The findings with what every section asks of them: who the models are, their colours, names for charts."""
+class View:
+    """The findings with what every section asks of them: who the models are, their colours, names for charts.
+
+    Attributes:
+        models: as in the findings; ``original``, ``reference`` and ``unlearned`` are those of that role among them.
+        series: the colour and shape of each model by name; 0 is the original's, 1 the reference's.
+    """
 
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
@@ -103,7 +110,10 @@ class _View:
 
     def attacks(self) -> list[str]:
         """By AUC on the original model, or on the first one measured, the strongest first."""
-        names = dict.fromkeys(a for m in self.models for a in m.get("attacks") or {})
+        curves = (self.findings.get("roc") or {}).values()
+        names = dict.fromkeys(
+            [*(a for m in self.models for a in m.get("attacks") or {}), *(a for c in curves for a in c)]
+        )
         order = ([self.original] if self.original else []) + self.models
 
         def strength(attack: str) -> float:
@@ -161,7 +171,11 @@ def _decimals(places: int, factor: float = 1.0) -> Callable[[float], str]:
 
 
 def _digits(value: float) -> str:
-    return _signed(f"{value:.3g}")
+    return _signed(f"{value:#.3g}".removesuffix("."))
+
+
+def _steps(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
 
 
 def _points(value: float) -> str:
@@ -223,7 +237,7 @@ def _row(name: str, cells: Iterable[str], kind: str = "") -> str:
     return f'<tr class="{kind}"><th scope="row">{name}</th>{"".join(cells)}</tr>'
 
 
-def _name(view: _View, model: Mapping[str, Any], roles: bool = True) -> str:
+def _name(view: View, model: Mapping[str, Any], roles: bool = True) -> str:
     shown = charts.swatch(view.series[model["name"]]) + f"<bdi>{text(shorten(model['name'], 60))}</bdi>"
     shown = f'<span class="who">{shown}</span>'
     if not roles:
@@ -245,7 +259,7 @@ def _grid(figures: Iterable[str]) -> str:
 # The top of the page: the verdict, and three questions that a reader asks first.
 
 
-def _verdict(view: _View, title: str) -> str:
+def _verdict(view: View, title: str) -> str:
     verdict = view.findings.get("verdict")
     sentence = f'<p class="verdict">{text(verdict)}</p>' if verdict else ""
     missing = ""
@@ -273,7 +287,7 @@ def _card(question: str, answer: str, detail: str) -> str:
     return f"<div><dt>{question}</dt><dd><b>{answer}</b><span>{detail}</span></dd></div>"
 
 
-def _nearest(view: _View) -> Mapping[str, Any]:
+def _nearest(view: View) -> Mapping[str, Any]:
     """Of the unlearned models the one whose forgotten accuracy is nearest to the reference's; else the first."""
     target = _mean(_of(view.reference, "accuracy", "forget"))
 
@@ -284,7 +298,7 @@ def _nearest(view: _View) -> Mapping[str, Any]:
     return min(view.unlearned, key=distance)
 
 
-def _answers(view: _View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _answers(view: View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Question, answer, and what it is to be compared with, for one unlearned model."""
     found: list[tuple[str, str, str]] = []
 
@@ -302,7 +316,7 @@ def _answers(view: _View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]
     target = _mean(_of(view.reference, "accuracy", "forget"))
     if known is not None and target is not None:
         answer = f"{_points(known - target)} <i>points</i>"
-        found.append(("Is it forgotten?", answer, f"From never having seen it: {right('forget')}"))
+        found.append(("Is it forgotten?", answer, f"away from never having seen it: {right('forget')}"))
     elif known is not None:
         found.append(("Is it forgotten?", f"{PERCENT1(known)}\u202f%", _capital(right("forget"))))
     for attack in view.attacks()[:1]:
@@ -334,7 +348,7 @@ def _capital(sentence: str) -> str:
 # Sections: each returns its HTML, or nothing when there is nothing to show.
 
 
-def _glance(view: _View) -> str:
+def _glance(view: View) -> str:
     """Every model on one axis per quantity, the retrained models' interval shaded."""
     figures = []
     for name in view.sets():
@@ -349,7 +363,7 @@ def _glance(view: _View) -> str:
 
 
 def _compared(
-    view: _View,
+    view: View,
     title: str,
     value: Callable[[Mapping[str, Any]], Estimated],
     write: Callable[[float], str],
@@ -376,7 +390,7 @@ def _compared(
     return _figure(chart, text(title))
 
 
-def _request(view: _View) -> str:
+def _request(view: View) -> str:
     request = view.findings.get("request") or {}
     entries = []
     for key, name in (("forget", "forget"), ("retain", "retain"), ("data", "data"), ("model", "model")):
@@ -397,7 +411,7 @@ def _whole(n: object) -> str:
     return f"{n:,}" if isinstance(n, int) else text(n)
 
 
-def _models(view: _View) -> str:
+def _models(view: View) -> str:
     sets = view.sets()
     if not view.models or not sets:
         return ""
@@ -422,7 +436,7 @@ def _models(view: _View) -> str:
     return main + _within_note(view, "accuracy") + _finer(view) + _per_class(view)
 
 
-def _within_note(view: _View, key: str) -> str:
+def _within_note(view: View, key: str) -> str:
     if view.reference is None:
         return ""
     known = [e for e in (view.reference.get(key) or {}).values() if e]
@@ -439,7 +453,7 @@ def _within_note(view: _View, key: str) -> str:
     )
 
 
-def _finer(view: _View) -> str:
+def _finer(view: View) -> str:
     """Losses and distances, a line each: what the accuracies do not show."""
     lines: list[tuple[str, Callable[[Mapping[str, Any]], Estimated], Callable[[float], str], bool]] = []
     for key, name in (("loss", "loss"), ("kl", "KL to retrained"), ("js", "JS to retrained")):
@@ -447,17 +461,26 @@ def _finer(view: _View) -> str:
             label = f"{name}, {SET_NAMES.get(s, s)}"
             lines.append((label, partial(_of, key=key, part=s), _digits, key == "loss"))
     lines.append(("ToW (1 is retrained)", lambda m: m.get("tow"), AUC, False))
-    rows = []
-    for label, value, write, marked in lines:
-        if any(_mean(value(m)) is not None for m in view.models):
+    lines = [line for line in lines if any(_mean(line[1](m)) is not None for m in view.models)]
+    tables = []
+    for models, title in _columns(view.models, "Losses and distances by model"):
+        rows = []
+        for label, value, write, marked in lines:
             reference = value(view.reference) if marked and view.reference else None
-            cells = [_cell(value(m), write, None if m is view.reference else reference) for m in view.models]
+            cells = [_cell(value(m), write, None if m is view.reference else reference) for m in models]
             rows.append(_row(text(label), cells))
-    head = ["measure", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in view.models)]
-    return f"<h3>Losses and distances</h3>{_table('Losses and distances by model', head, rows)}" if rows else ""
+        head = ["measure", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in models)]
+        tables.append(_table(title, head, rows, "even"))
+    return f"<h3>Losses and distances</h3>{''.join(tables)}" if lines else ""
 
 
-def _per_class(view: _View) -> str:
+def _columns(models: Sequence[Mapping[str, Any]], title: str) -> Iterable[tuple[Sequence[Mapping[str, Any]], str]]:
+    """Models a table at a time, as many as a sheet of paper is wide, with the table's name."""
+    for k in range(0, len(models), MOST_COLUMNS):
+        yield models[k : k + MOST_COLUMNS], title + (", continued" if k else "")
+
+
+def _per_class(view: View) -> str:
     sets = view.sets("per_class")
     if not sets:
         return ""
@@ -473,29 +496,37 @@ def _per_class(view: _View) -> str:
         before = accuracy(first, cls) or 0.0
         return max((abs((accuracy(measured[m["name"]], cls) or 0.0) - before) for m in view.unlearned), default=0.0)
 
-    shown, note = _most(classes, change, MOST_CLASSES, "classes whose accuracy changed most")
+    shown = most_changed(classes, change, MOST_CLASSES)
+    note = _left_out(len(shown), len(classes), "classes whose accuracy changed most")
     models = [m for m in view.models if measured[m["name"]]]
-    rows = []
-    for cls in shown:
-        samples = next((f[cls].get("samples") for f in measured.values() if f.get(cls)), None)
-        cells = ["<td></td>" if samples is None else f"<td>{_whole(samples)}</td>"]
-        cells += [_cell((measured[m["name"]].get(cls) or {}).get("accuracy"), PERCENT1) for m in models]
-        rows.append(_row(f"<bdi>{text(shorten(cls, 60))}</bdi>", cells))
-    head = ["class", "samples", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in models)]
-    title = f"Accuracy per class on {SET_NAMES.get(chosen, chosen)} data, %"
-    return f"<h3>{text(title)}</h3>{_table(text(title), head, rows)}{note}"
+    title = text(f"Accuracy per class on {SET_NAMES.get(chosen, chosen)} data, %")
+    tables = []
+    for part, caption in _columns(models, title):
+        rows = []
+        for cls in shown:
+            samples = next((f[cls].get("samples") for f in measured.values() if f.get(cls)), None)
+            cells = ["<td></td>" if samples is None else f"<td>{_whole(samples)}</td>"]
+            cells += [_cell((measured[m["name"]].get(cls) or {}).get("accuracy"), PERCENT1) for m in part]
+            rows.append(_row(f"<bdi>{text(shorten(cls, 60))}</bdi>", cells))
+        head = ["class", "samples", *(f"<bdi>{text(shorten(m['name'], 28))}</bdi>" for m in part)]
+        tables.append(_table(caption, head, rows, "even"))
+    return f"<h3>{title}</h3>{''.join(tables)}{note}"
 
 
-def _most(items: Sequence[Any], key: Callable[[Any], float], most: int, what: str) -> tuple[list[Any], str]:
-    """Those with the largest ``key``, in their own order, and a sentence about how many were left out."""
-    if len(items) <= most:
-        return list(items), ""
-    kept = sorted(sorted(range(len(items)), key=lambda k: -key(items[k]))[:most])
-    note = f'<p class="small">Shown are the {most} {what}, of {len(items):,}; {len(items) - most:,} are left out.</p>'
-    return [items[k] for k in kept], note
+def most_changed(items: Sequence[T], key: Callable[[T], float], most: int) -> list[T]:
+    """The ``most`` items with the largest ``key``, in the order they came in."""
+    kept = sorted(range(len(items)), key=lambda k: -key(items[k]))[:most]
+    return [items[k] for k in sorted(kept)]
 
 
-def _attacks(view: _View) -> str:
+def _left_out(shown: int, every: int, what: str) -> str:
+    """A sentence about what is not shown, where something is not."""
+    if shown == every:
+        return ""
+    return f'<p class="small">Shown are the {shown} {what}, of {every:,}; {every - shown:,} are left out.</p>'
+
+
+def _attacks(view: View) -> str:
     attacks = view.attacks()
     names = [m["name"] for m in view.models]
     curves = view.findings.get("roc") or {}
@@ -503,16 +534,18 @@ def _attacks(view: _View) -> str:
         {r for m in view.models for a in (m.get("attacks") or {}).values() for r in (a or {}).get("tpr") or {}},
         key=float,
     )
-    shown = attacks or sorted({a for found in curves.values() for a in found or {}})
-    figures = [chart for a in shown[:MOST_ATTACKS] if (chart := _roc(view, a, rates))]
+    drawable = [a for a in attacks if any(a in found for found in curves.values())]
+    figures = [_roc(view, a, rates) for a in drawable[:MOST_ATTACKS]]
     body = ""
     if figures:
         drawn = [n for n in names if curves.get(n)] + [n for n in curves if n not in names]
-        left = len(shown) - MOST_ATTACKS
+        left = len(drawable) - MOST_ATTACKS
         note = f'<p class="small">Curves of the {MOST_ATTACKS} strongest attacks; {left} more in the table.</p>'
         body += view.legend(drawn, line=True) + _grid(figures) + (note if left > 0 else "")
     rows = []
     for attack in attacks:
+        if all(_attack(m, attack) is None for m in view.models):
+            continue
         rows.append(
             f'<tr class="group"><th scope="rowgroup" colspan="{2 + len(rates)}"><bdi>{text(attack)}</bdi></th></tr>'
         )
@@ -538,7 +571,7 @@ def _rate(rate: object) -> str:
     return f"{100 * float(str(rate)):.3g}\u202f%"
 
 
-def _roc(view: _View, attack: str, rates: Sequence[str]) -> str:
+def _roc(view: View, attack: str, rates: Sequence[str]) -> str:
     lines, dots, said = [], [], []
     lowest: list[float] = []
     known = {m["name"]: m for m in view.models}
@@ -555,8 +588,6 @@ def _roc(view: _View, attack: str, rates: Sequence[str]) -> str:
                 dots.append((float(rate), value, series))
         auc = _mean(_attack(known.get(name), attack))
         said.append(f"{name}: AUC {AUC(auc)}" if auc is not None else name)
-    if not lines:
-        return ""
     low = min(1e-3, 10.0 ** math.floor(math.log10(min(lowest, default=1e-3)) + 1e-9))
     ends = (max(low, 1e-5), 1.0)
     chart = charts.line_chart(
@@ -567,14 +598,14 @@ def _roc(view: _View, attack: str, rates: Sequence[str]) -> str:
     return _figure(chart, f"<bdi>{text(shorten(attack, 60))}</bdi>")
 
 
-def _leaks(view: _View) -> str:
+def _leaks(view: View) -> str:
     leaks = view.findings.get("leaks") or {}
     groups = (("forgotten", "Forgotten samples"), ("neighbours", "Retained neighbours"))
     parts = [_leak(view, name, leaks[key], key == "neighbours") for key, name in groups if leaks.get(key)]
     return _grid(parts) if parts else ""
 
 
-def _leak(view: _View, name: str, found: Mapping[str, Any], by_rise: bool) -> str:
+def _leak(view: View, name: str, found: Mapping[str, Any], by_rise: bool) -> str:
     columns = ["before", "after"] + (["reference"] if found.get("reference") else [])
     series = [list(found.get(c) or []) for c in columns]
     ids = [str(i) for i in found.get("ids") or []]
@@ -629,7 +660,7 @@ def _median(values: Sequence[float]) -> float | None:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def _layers(view: _View) -> str:
+def _layers(view: View) -> str:
     every = list(view.findings.get("layers") or [])
     if not every:
         return ""
@@ -637,7 +668,7 @@ def _layers(view: _View) -> str:
     def share(layer: Mapping[str, Any]) -> float:
         return (finite(layer.get("changed")) or 0.0) / max(finite(layer.get("of")) or 0.0, 1.0)
 
-    shown, _ = _most(every, lambda y: finite(y.get("relative_change")) or share(y), MOST_LAYERS, "")
+    shown = most_changed(every, lambda y: finite(y.get("relative_change")) or share(y), MOST_LAYERS)
     changed, of = (sum(int(finite(y.get(k)) or 0) for y in every) for k in ("changed", "of"))
     part = 100 * changed / max(of, 1)
     total = f"{changed:,} of {of:,} weights changed ({part:.3g}\u202f%), in {len(every):,} parameters."
@@ -660,7 +691,7 @@ def _layers(view: _View) -> str:
     return f"<p>{total}</p>{_grid(figures)}"
 
 
-def _by_layer(view: _View, found: Mapping[str, Mapping[str, Any]] | None, title: str, chance: float | None) -> str:
+def _by_layer(view: View, found: Mapping[str, Mapping[str, Any]] | None, title: str, chance: float | None) -> str:
     """A row per layer, a dot per model."""
     found = {name: layers for name, layers in (found or {}).items() if layers}
     every = list(dict.fromkeys(layer for layers in found.values() for layer in layers))
@@ -674,7 +705,8 @@ def _by_layer(view: _View, found: Mapping[str, Mapping[str, Any]] | None, title:
         known = values(layer)
         return max(known) - min(known) if known else 0.0
 
-    shown, note = _most(every, spread, MOST_LAYERS, "layers in which the models differ most")
+    shown = most_changed(every, spread, MOST_LAYERS)
+    note = _left_out(len(shown), len(every), "layers in which the models differ most")
     rows = []
     for layer in shown:
         dots = [
@@ -692,7 +724,7 @@ def _by_layer(view: _View, found: Mapping[str, Mapping[str, Any]] | None, title:
     return _figure(chart, text(title)) + note
 
 
-def _probes(view: _View) -> str:
+def _probes(view: View) -> str:
     probes, distance = (view.findings.get(k) or {} for k in ("probes", "activation_distance"))
     figures = [
         _by_layer(view, probes, "Linear probe for the forgotten data, AUC by layer", 0.5),
@@ -704,10 +736,28 @@ def _probes(view: _View) -> str:
     return view.legend(names) + _grid(shown) if shown else ""
 
 
-def _confusion(view: _View) -> str:
+def _confusion(view: View) -> str:
     confusion = view.findings.get("confusion")
     if not confusion:
         return ""
+    shown, columns, matrices = confusion_shares(confusion)
+    classes = [str(confusion["classes"][k]) for k in shown]
+    figures = []
+    for name, rows in matrices.items():
+        said = "; ".join(
+            f"{c}: {100 * row[k]:.0f} % right" for k, (c, row) in enumerate(zip(classes, rows, strict=True))
+        )
+        chart = charts.heat_map(view.ident(), f"Confusion {name}", said, rows, classes, columns)
+        figures.append(_figure(chart, name.capitalize()))
+    note = _left_out(len(shown), len(confusion["classes"]), "classes whose predictions changed most")
+    return _grid(figures) + note if figures else ""
+
+
+def confusion_shares(confusion: Mapping[str, Any]) -> tuple[list[int], list[str], dict[str, list[list[float]]]]:
+    """Rows of the confusion matrices as shares of their sums: classes shown, column names, matrices by name.
+
+    Of more than 20 classes those whose predictions changed most are shown, and the others are one last column.
+    """
     named = (("before", "before"), ("after", "after"), ("reference", "retrained"))
     matrices = {name: _shares(confusion[key]) for key, name in named if confusion.get(key)}
     classes = [str(c) for c in confusion["classes"]]
@@ -718,19 +768,15 @@ def _confusion(view: _View) -> str:
             return 0.0
         return sum(abs(a - b) for a, b in zip(before[cls], after[cls], strict=True))
 
-    shown, note = _most(range(len(classes)), moved, MOST_CLASSES, "classes whose predictions changed most")
+    shown = most_changed(range(len(classes)), moved, MOST_CLASSES)
     columns = [classes[k] for k in shown]
+    cut = {name: [[shares[k][j] for j in shown] for k in shown] for name, shares in matrices.items()}
     if len(shown) < len(classes):
         columns.append("all other")
-    figures = []
-    for name, shares in matrices.items():
-        rows = [[shares[k][j] for j in shown] for k in shown]
-        if len(shown) < len(classes):
-            rows = [[*row, max(0.0, sum(shares[k]) - sum(row))] for k, row in zip(shown, rows, strict=True)]
-        said = "; ".join(f"{classes[k]}: {100 * shares[k][k]:.0f} % right" for k in shown)
-        chart = charts.heat_map(view.ident(), f"Confusion {name}", said, rows, [classes[k] for k in shown], columns)
-        figures.append(_figure(chart, name.capitalize()))
-    return _grid(figures) + note if figures else ""
+        for name, rows in cut.items():
+            for k, row in zip(shown, rows, strict=True):
+                row.append(max(0.0, sum(matrices[name][k]) - sum(row)))
+    return shown, columns, cut
 
 
 def _shares(counts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -738,7 +784,7 @@ def _shares(counts: Sequence[Sequence[int]]) -> list[list[float]]:
     return [[n / total if total else 0.0 for n in row] for row in counts for total in [sum(row)]]
 
 
-def _histograms(view: _View) -> str:
+def _histograms(view: View) -> str:
     figures = []
     for found in view.findings.get("histograms") or []:
         edges, counts = list(found["edges"]), list(found["counts"])
@@ -756,7 +802,7 @@ def _histograms(view: _View) -> str:
     return _grid(figures) if figures else ""
 
 
-def _spectra(view: _View) -> str:
+def _spectra(view: View) -> str:
     every = [s for s in view.findings.get("spectra") or [] if s.get("retain") or s.get("forget")]
     if not every:
         return ""
@@ -788,12 +834,12 @@ def _spectra(view: _View) -> str:
     return f'<ul class="legend">{legend}</ul>{_grid(figures)}{note}'
 
 
-def _relearn(view: _View) -> str:
-    chart = _compared(view, "Steps until the forgotten data is known again", lambda m: m.get("relearn"), _digits)
+def _relearn(view: View) -> str:
+    chart = _compared(view, "Steps until the forgotten data is known again", lambda m: m.get("relearn"), _steps)
     return _grid([chart]) if chart else ""
 
 
-def _limits(view: _View) -> str:
+def _limits(view: View) -> str:
     limits = view.findings.get("limits") or []
     return f'<ul class="limits">{"".join(f"<li>{text(limit)}</li>" for limit in limits)}</ul>' if limits else ""
 
@@ -808,7 +854,7 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, "none" if value is None else str(value)
 
 
-def _settings(view: _View) -> str:
+def _settings(view: View) -> str:
     parts = []
     for key, name in (("settings", "Settings"), ("versions", "Versions"), ("device", "Device")):
         pairs = list(_flat(view.findings.get(key) or {}, ""))
@@ -824,7 +870,7 @@ def _settings(view: _View) -> str:
     return "".join(parts)
 
 
-def _record(view: _View) -> str:
+def _record(view: View) -> str:
     record = view.findings.get("record") or {}
     entries = [
         f"<div><dt>{name}</dt><dd><code>{text(record[key])}</code></dd></div>"
@@ -840,7 +886,7 @@ def _record(view: _View) -> str:
 
 
 # Key, name, how to read it, and the function that writes it; in the order of the page.
-SECTIONS: tuple[tuple[str, str, str, Callable[[_View], str]], ...] = (
+SECTIONS: tuple[tuple[str, str, str, Callable[[View], str]], ...] = (
     ("glance", "At a glance", "The nearer to the retrained model, the better: not the lower, not the higher.", _glance),
     ("request", "Request", "What was to be forgotten, and from what.", _request),
     (
