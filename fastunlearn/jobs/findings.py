@@ -67,17 +67,18 @@ def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int
         )
     goal = reference["accuracy"]["forget"]
     before, after = (abs(row["accuracy"]["forget"]["mean"] - goal["mean"]) for row in (original, unlearned))
-    aucs = [_largest_auc_gap(row, reference) for row in (original, unlearned)]
+    gaps = _auc_gaps(unlearned, reference)
+    hidden = all(gap <= max(NEAR_AUC, chance) for gap, chance in gaps)
     # Two standard errors of the accuracy of so many samples.
     chance = 200 * math.sqrt(max(goal["mean"] * (100 - goal["mean"]), 0.0) / 100**2 / max(forgotten, 1))
     near = after <= max(NEAR_POINTS, chance)
-    if near and aucs[1] <= NEAR_AUC:
+    if near and hidden:
         word = "Forgotten, as far as these measures see"
-    elif after <= before / 2 or (near and aucs[1] <= aucs[0] / 2):
+    elif near or after <= before / 2:
         word = "Partly forgotten"
     else:
         word = "Not forgotten"
-    attack = f" and the strongest attack is {aucs[1]:.3f} of AUC away from that model's" if unlearned["attacks"] else ""
+    attack = f" and the strongest attack's AUC is {max(gaps)[0]:.3f} away from that model's" if gaps else ""
     return (
         f"{word}: after {name} the accuracy on the forgotten samples is {_percent(accuracy['forget'])}, where a model "
         f"that never saw them has {_percent(goal)} (before: {_percent(original['accuracy']['forget'])}){attack}{cost}."
@@ -123,7 +124,16 @@ def _cost(unlearned: Row, original: Row) -> str:
     return f", at {abs(lost):.1f} points {'less' if lost >= 0 else 'more'} {what} accuracy"
 
 
-def _largest_auc_gap(row: Row, reference: Row) -> float:
-    gaps = [abs(a["auc"]["mean"] - reference["attacks"][name]["auc"]["mean"]) for name, a in row["attacks"].items()
-            if name in reference["attacks"]]  # fmt: skip
-    return max(gaps, default=0.0)
+def _auc_gaps(row: Row, reference: Row) -> list[tuple[float, float]]:
+    """Per attack, the distance of the AUC from the reference's, and how much of it chance allows at 95 %."""
+    found = []
+    for name, attack in row["attacks"].items():
+        if name in reference["attacks"]:
+            ours, theirs = attack["auc"], reference["attacks"][name]["auc"]
+            found.append((abs(ours["mean"] - theirs["mean"]), math.hypot(_half(ours), _half(theirs))))
+    return found
+
+
+def _half(estimate: Row) -> float:
+    """Half of the interval's width; 0 without one."""
+    return (estimate["high"] - estimate["low"]) / 2 if "high" in estimate else 0.0

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.evaluate import confusion_matrix, evaluate
+from fastunlearn.evaluate import Metrics, confusion_matrix, evaluate
 from fastunlearn.evaluate.attacks import attack, svc_attack, threshold_attacks
 from fastunlearn.evaluate.distances import activation_distance
 from fastunlearn.evaluate.leaks import leak_report, neighbours
 from fastunlearn.evaluate.probes import linear_probe
 from fastunlearn.evaluate.relearn import relearn_time
 from fastunlearn.evaluate.signals import Signals, signals
-from fastunlearn.jobs.task import Part, Task
+from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
 PROBED = 2000  # samples at most that a probe is fitted on, and as many that it is judged by
 LEAKS_SHOWN = 200  # samples at most of the leak reports
@@ -35,23 +35,17 @@ def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int
     metrics = evaluate(
         model, forget=loaders["forget"], retain=loaders["retain"], test=loaders.get("test"), reference=reference
     )
-    found: dict[str, Any] = {
-        "accuracy": metrics.accuracy,
-        "loss": metrics.loss,
-        "gap": metrics.gap,
-        "per_class": {
-            name: {task.classes[c]: {"accuracy": m.accuracy, "loss": m.loss, "samples": m.samples}
-                   for c, m in classes.items()}
-            for name, classes in metrics.per_class.items()
-        },
-        "kl": metrics.kl,
-        "js": metrics.js,
-        "tow": metrics.tow,
-    }  # fmt: skip
+    found = _by_set(task, metrics)
+    if FORGOTTEN_TEST in loaders:
+        more = _by_set(task, evaluate(model, test=loaders[FORGOTTEN_TEST], reference=reference))
+        for name, values in more.items():
+            if values is not None:
+                found[name][FORGOTTEN_TEST] = values["test"]
+    found["tow"] = metrics.tow
     found |= _attacks(task, {name: signals(model, loader, name) for name, loader in loaders.items()}, seed)
     found["confusion"] = None
     if task.test is not None:
-        counts = confusion_matrix(model, loaders["test"]).counts
+        counts = confusion_matrix(model, task.test.loader(size)).counts
         found["confusion"] = counts[: len(task.classes), : len(task.classes)].tolist()
     found["relearn"] = _relearn(task, model, seed)
     found["probes"] = _probes(task, model)
@@ -59,6 +53,18 @@ def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int
     if reference is not None:
         found["activation_distance"] = activation_distance(model, reference, loaders["forget"])
     return {name: _finite(value) for name, value in found.items()}
+
+
+def _by_set(task: Task, metrics: Metrics) -> dict[str, Any]:
+    """What there is of each set."""
+    per_class = {
+        name: {
+            task.classes[c]: {"accuracy": m.accuracy, "loss": m.loss, "samples": m.samples} for c, m in found.items()
+        }
+        for name, found in metrics.per_class.items()
+    }
+    return {"accuracy": metrics.accuracy, "loss": metrics.loss, "gap": metrics.gap, "per_class": per_class,
+            "kl": metrics.kl, "js": metrics.js}  # fmt: skip
 
 
 def _finite(value: Any) -> Any:
@@ -73,7 +79,7 @@ def _attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]
     nothing: dict[str, Any] = {"attacks": {}, "roc": {}, "svc": None}
     if "test" not in of:
         return nothing
-    others = _like(of["test"], of["forget"])
+    others = of.get(FORGOTTEN_TEST) or _like(of["test"], of["forget"])
     attacks = threshold_attacks(of["forget"], others, task.config.bootstrap, seed)
     attacks["scaled logit"] = attack("scaled logit", of["forget"].logit, others.logit, task.config.bootstrap, seed)
     svc = svc_attack(of["retain"], of["test"], of["forget"], seed=seed)

@@ -23,6 +23,8 @@ from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_s
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, entry
 
+FORGOTTEN_TEST = "test of forgotten"  # test samples of the classes that are forgotten
+
 
 @dataclass(frozen=True)
 class Part:
@@ -106,13 +108,23 @@ class Task:
 
     @property
     def sets(self) -> dict[str, Part]:
-        """Those that are measured, by name."""
+        """Those that are measured, by name.
+
+        Where whole classes are forgotten, the test samples of these classes are a set of their own: what a model that
+        never saw a class gets wrong there is no loss.
+        """
         found = {"forget": self.forget, "retain": self.measured}
-        return found if self.test is None else found | {"test": self.test}
+        if self.test is None:
+            return found
+        of_forgotten = torch.isin(self.test.labels, torch.tensor(self.whole_classes, dtype=torch.int64))
+        if bool(of_forgotten.all()) or not bool(of_forgotten.any()):
+            return found | {"test": self.test}
+        kept, gone = (replace(self.test, indices=self.test.indices[m]) for m in (~of_forgotten, of_forgotten))
+        return found | {"test": kept, FORGOTTEN_TEST: gone}
 
     @property
     def whole_classes(self) -> list[int]:
-        """The classes of which every sample is forgotten and none retained; empty unless they are all there is."""
+        """The forgotten classes, if every one of them is forgotten whole; empty where any is also retained."""
         forgotten, kept = set(self.forget.labels.tolist()), set(self.retain.labels.tolist())
         return [] if forgotten & kept else sorted(forgotten)
 

@@ -13,7 +13,9 @@ def models_table(findings: dict[str, Any]) -> Table:
     models = findings["models"]
     sets = list(models[0]["accuracy"])
     runs = models[0]["accuracy"][sets[0]]["runs"]
-    title = "accuracy in %, in brackets the distance from the retrained model in points"
+    title = "accuracy in %"
+    if models[0]["gap"]:
+        title += ", in brackets the distance from the retrained model in points"
     view = Table(title=title + (f"; means of {runs} runs" if runs > 1 else ""), box=box.SIMPLE, show_edge=False)
     for heading in ("model", *sets, "attack AUC", "TPR at 1 %", "seconds"):
         view.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
