@@ -124,20 +124,20 @@ def test_thinning_to_fewer_than_ten_points_is_refused() -> None:
 
 def test_bootstrap_equals_a_plain_loop_over_scikit_learn() -> None:
     torch.manual_seed(1)
-    members, others = (torch.randn(37) + 0.7).round(decimals=1), torch.randn(53).round(decimals=1)
-    found = bootstrap(members, others, resamples=60, seed=5, fprs=(0.05, 0.3))
+    members, others = (torch.randn(37) + 0.7).round(decimals=1), torch.randn(50).round(decimals=1)
+    found = bootstrap(members, others, resamples=60, seed=5, fprs=(0.06, 0.3))  # 3 and 15 of 50, exactly
     ours, theirs = (np.random.default_rng(s) for s in np.random.SeedSequence(5).spawn(2))
     aucs, tprs = [], []
     for _ in range(60):
-        drawn = members[ours.integers(0, 37, 37)], others[theirs.integers(0, 53, 53)]
+        drawn = members[ours.integers(0, 37, 37)], others[theirs.integers(0, 50, 50)]
         fpr, tpr, auc = sklearn_curve(*drawn)
         aucs.append(auc)
-        tprs.append([tpr[fpr <= rate].max() for rate in (0.05, 0.3)])
+        tprs.append([tpr[fpr <= rate].max() for rate in (0.06, 0.3)])
     for estimate, values in zip([found["auc"], *found["tpr"].values()], [aucs, *np.transpose(tprs)], strict=True):
         assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-12)
     curve = roc(members, others)
     assert found["auc"].mean == curve.auc
-    assert {fpr: tpr.mean for fpr, tpr in found["tpr"].items()} == {r: curve.tpr_at(r) for r in (0.05, 0.3)}
+    assert {fpr: tpr.mean for fpr, tpr in found["tpr"].items()} == {r: curve.tpr_at(r) for r in (0.06, 0.3)}
 
 
 def test_the_same_seed_gives_the_same_interval_whatever_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
