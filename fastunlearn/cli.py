@@ -39,7 +39,7 @@ COMMANDS = {
         "log",
     ),
     "plan": (*OPENING, "method", "settings", "method_samples", "training", *MEASURING, "shadows"),
-    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", "out"),
+    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", "pictures", "out"),
     "evaluate": (*OPENING, *MEASURING, "out"),
 }
 DESCRIPTIONS = {

@@ -6,19 +6,20 @@ One process imports everything and forks a child per run, so that a run takes a 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import make_request
+from commands import Request, make_request
 
 from fastunlearn.checkpoint import digest, load_weights
 from fastunlearn.report.log import verify
 
 RESULTS = {"model.safetensors", "patch.safetensors", "record.json", "report.html", "findings.json", "config.yaml",
-           "outcome.json", "salt", "pictures"}  # fmt: skip
+           "outcome.json", "salt"}  # fmt: skip
 
 HARNESS = '''
 import json, os, random, signal, sys, time
@@ -26,7 +27,7 @@ import json, os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 
-import matplotlib.figure, sklearn.metrics, sklearn.model_selection, sklearn.svm, jsonschema  # what runs will import
+import sklearn.metrics, sklearn.model_selection, sklearn.svm, jsonschema  # what runs will import
 import torch
 from commands import make_request
 
@@ -55,8 +56,8 @@ def child(request, out, *flags, kill_at=None):
                 if seen[0] == count:
                     os.kill(os.getpid(), signal.SIGKILL)
             setattr(os, name, stop)
-    os._exit(cli.main(["unlearn", *request.flags("--log", str(out) + ".jsonl", "--reference", "retrain", "--training",
-                                                 "epochs=2", *flags, out=out)]))
+    more = ("--log", request.path(out) + ".jsonl", "--reference", "retrain", "--training", "epochs=2", "--no-pictures")
+    os._exit(cli.main(["unlearn", *request.flags(*more, *flags, out=out)]))
 
 
 def wait(process):
@@ -79,7 +80,9 @@ for i in range(moments):
         os.kill(process, signal.SIGKILL)
     killed = wait(process)
     present = sorted(p.name for p in (folder / out).iterdir()) if (folder / out).exists() else None
-    resumed = [wait(child(request, out, "--resume")) for _ in range(2)]
+    resumed = [wait(child(request, out, "--resume"))]
+    if present is not None:
+        resumed.append(wait(child(request, out, "--resume")))  # once more does nothing
     runs.append({"out": out, "killed": killed, "present": present, "resumed": resumed})
     if boundary and killed == 0:
         break
@@ -90,7 +93,7 @@ print(json.dumps({"runs": runs, "stderr": (folder / "stderr").read_text()}))
 def run_harness(folder: Path, moments: int, kind: str) -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-c", HARNESS, str(Path(__file__).parent), str(folder), str(moments), kind],
-        capture_output=True, text=True, timeout=900, env={**__import__("os").environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
@@ -103,21 +106,15 @@ def check(folder: Path, found: dict[str, Any], before: dict[str, str]) -> None:
     for run in found["runs"]:
         out = folder / run["out"]
         assert run["present"] is None or set(run["present"]) - {".phases"} == RESULTS, run
-        assert run["resumed"] == [0, 0], (run, found["stderr"])
+        assert set(run["resumed"]) == {0}, (run, found["stderr"])
         assert {p.name for p in out.iterdir()} == RESULTS
         assert digest(load_weights(out / "model.safetensors")) == expected
-        log = Path(f"{out}.jsonl") if Path(f"{out}.jsonl").is_absolute() else folder / f"{run['out']}.jsonl"
+        log = folder / f"{run['out']}.jsonl"
         checks = verify(out / "record.json", weights=out / "model.safetensors", log=log)
         assert all(c.passed for c in checks), checks
         assert len(log.read_text().splitlines()) == 1  # in the log once, however often it was resumed
         assert not list(folder.glob(f".{run['out']}.*"))  # nothing left beside it
-    assert make_request.__module__ == "commands" and before == hashes_of(folder)
-
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    from commands import Request
-
-    return Request(folder).hashes()
+    assert Request(folder).hashes() == before
 
 
 @pytest.fixture

@@ -127,8 +127,8 @@ def svc_attack(
 
     Raises ValueError when a set is empty, retain or test has fewer than 2 samples, or a confidence is NaN. The
     intervals are about the samples judged, not about another draw of training samples.
-    Cost: folds + 1 fits, O(samples^2) each; 2 s at 2,000 on one core. Sources: Kodge et al., TMLR 2024 (arXiv
-    2312.00761); Fan et al., SalUn, ICLR 2024.
+    Cost: folds + 1 fits, O(samples^2) each; 2 s at 2,000 on one core.
+    Sources: Kodge et al., TMLR 2024 (arXiv 2312.00761); Fan et al., SalUn, ICLR 2024.
     """
     import numpy as np
     from sklearn.model_selection import StratifiedKFold, cross_val_predict

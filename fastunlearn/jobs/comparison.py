@@ -49,7 +49,8 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     try:
         run = _Comparison(task, space, chosen, say)
         findings = run.findings(skipped)
-        write_pictures(findings, space.path / "pictures")
+        if config.pictures:
+            write_pictures(findings, space.path / "pictures")
         write_text(space.path / "config.yaml", write_config(config))
         write_json(space.path / "findings.json", findings)
         write_report(findings, space.path / "report.html")
@@ -108,7 +109,7 @@ class _Comparison:
                 rows.setdefault(label, []).append({**found, "seconds": seconds.get(label)})
         roles["retrained"] = "reference"
         order = ["original", *(label for label, _, _ in self.chosen), "retrained"]
-        apart = ("roc", "probes", "activation_distance", "confusion")
+        apart = ("roc", "probes", "activation_distance", "confusion", "notes")
         models = [
             model_row(label, roles[label], [{k: v for k, v in r.items() if k not in apart} for r in rows[label]])
             for label in order
@@ -120,6 +121,7 @@ class _Comparison:
             method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks, samples=samples
         )
         limits += [f"{name} was left out: {reason}." for name, reason in skipped.items()]
+        limits += sorted({note for label in order for row in rows[label] for note in row["notes"]})
         return {
             "title": f"Ways to forget {config.forget}",
             "verdict": comparison_verdict(models, best),

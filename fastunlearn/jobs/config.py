@@ -39,6 +39,7 @@ class Config:
     probes: bool = True
     relearn: int = 50
     bootstrap: int = 1000
+    pictures: bool = True
     batch_size: int = 128
     device: str = "cpu"
     seed: int = 0
@@ -86,6 +87,7 @@ HELP = {
     "probes": "ask every layer, by a linear probe, whether it still knows a forgotten class",
     "relearn": "steps at most of learning again what was forgotten; 0 leaves it out",
     "bootstrap": "resamples behind the interval of an attack",
+    "pictures": "charts as PNG and SVG beside the report; needs matplotlib",
     "batch_size": "of every pass",
     "device": "cpu, cuda or cuda:N",
     "seed": "of everything that is drawn",

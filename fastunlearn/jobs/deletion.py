@@ -103,11 +103,13 @@ class _Run:
         if reference is not None:
             models.append(("retrained", "reference", reference, reference_seconds))
         rows, rocs, probes, distances, confusions = [], {}, {}, {}, {}
+        notes: list[str] = []
         for label, role, model, seconds in models:
             self.say(f"measuring the {role} model")
             found = phase(f"measure-{role}", partial(measure, task, model, reference, config.seed))
             rocs[label] = found.pop("roc")
             probes[label], distances[label] = found.pop("probes"), found.pop("activation_distance")
+            notes += [note for note in found.pop("notes") if note not in notes]
             confusions[role] = found.pop("confusion")
             rows.append(model_row(label, role, [{**found, "seconds": seconds}]))
         if config.shadows:
@@ -135,7 +137,7 @@ class _Run:
             "histograms": _histograms(outcome),
             "spectra": phase("spectra", self._spectra),
             "leaks": phase("leaks", lambda: leaks(task, task.model, unlearned, reference)),
-            "limits": limits,
+            "limits": limits + notes,
             "settings": outcome["settings"],
             "versions": versions(),
             "device": {"name": device_name(task.device), "type": task.device.type},
@@ -155,7 +157,8 @@ class _Run:
         write_json(space.path / "outcome.json", {k: v for k, v in outcome.items() if k != "kernels"})
         if not (space.path / "salt").exists():
             write_salt(space.path / "salt", new_salt())
-        write_pictures(findings, space.path / "pictures")
+        if config.pictures:
+            write_pictures(findings, space.path / "pictures")
         origin = task.weights if task.weights is not None else Path("the model's own")
         with locked(log) as held:
             made = record(
@@ -253,22 +256,20 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     for key, value in config.as_dict().items():
         if key not in ("out", "log", "cache") and written.get(key) != value:
             raise ValueError(f"{out} holds the results for another {key}: {written.get(key)!r}, now {value!r}")
+    findings: dict[str, Any] = json.loads((out / "findings.json").read_text())
     with locked(log) as held:
         found = read_record(out / "record.json")
-        if found["previous"] != held.last_hash and not _in_log(log, record_hash(found)):
-            # Killed between the rename and the log, and another request came first.
-            found["previous"] = held.last_hash
-            write_json(out / "record.json", found)
-        if not _in_log(log, record_hash(found)):
+        if not held.has(found["id"]):
+            if found["previous"] != held.last_hash:  # killed between the rename and the log, and another request came
+                found["previous"] = held.last_hash
+                findings["record"]["sha256"] = record_hash(found)
+                write_json(out / "findings.json", findings)
+                write_report(findings, out / "report.html")
+                write_json(out / "record.json", found)
             held.append(out / "record.json")
     if (out / KEPT).exists():
         forget_phases(out)
-    findings: dict[str, Any] = json.loads((out / "findings.json").read_text())
     return findings
-
-
-def _in_log(log: Path, digest: str) -> bool:
-    return log.exists() and digest in log.read_text()
 
 
 def _identifier() -> dict[str, str]:

@@ -30,12 +30,14 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
         reference = task.copy()
         load_into(reference, task.reference, "--reference")
     rows, rocs, confusions, probes = [], {}, {}, {}
+    notes: list[str] = []
     for label, role, model in (("model", "original", task.model), ("retrained", "reference", reference)):
         if model is not None:
             say(f"measuring the {label}" if role == "original" else "measuring the retrained model")
             found = measure(task, model, reference, config.seed)
             rocs[label], confusions[role], probes[label] = (found.pop(k) for k in ("roc", "confusion", "probes"))
             found.pop("activation_distance")
+            notes += [note for note in found.pop("notes") if note not in notes]
             rows.append(model_row(label, role, [{**found, "seconds": None}]))
     samples = {name: len(part) for name, part in task.sets.items()}
     accuracy = rows[0]["accuracy"]["forget"]["mean"]
@@ -48,7 +50,7 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
         "models": rows, "roc": rocs, "layers": [], "probes": None if None in probes.values() else probes,
         "activation_distance": None, "confusion": None, "histograms": [], "spectra": [], "leaks": None,
         "limits": plain_limits(method="The training", reference=reference is not None,
-                               attacks=list(rows[0]["attacks"]), samples=samples),
+                               attacks=list(rows[0]["attacks"]), samples=samples) + notes,
         "settings": {}, "versions": versions(),
         "device": {"name": device_name(task.device), "type": task.device.type}, "record": {"id": None, "sha256": None},
     }  # fmt: skip

@@ -48,10 +48,18 @@ def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int
         counts = confusion_matrix(model, task.test.loader(size)).counts
         found["confusion"] = counts[: len(task.classes), : len(task.classes)].tolist()
     found["relearn"] = _relearn(task, model, seed)
-    found["probes"] = _probes(task, model)
-    found["activation_distance"] = None
-    if reference is not None:
-        found["activation_distance"] = activation_distance(model, reference, loaders["forget"])
+    found["probes"] = found["activation_distance"] = None
+    found["notes"] = []
+    # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
+    try:
+        found["probes"] = _probes(task, model)
+    except ValueError as error:
+        found["notes"].append(f"No layer was probed: {error}.")
+    try:
+        if reference is not None:
+            found["activation_distance"] = activation_distance(model, reference, loaders["forget"])
+    except ValueError as error:
+        found["notes"].append(f"Activations were not compared: {error}.")
     return {name: _finite(value) for name, value in found.items()}
 
 
@@ -101,8 +109,8 @@ def _relearn(task: Task, model: nn.Module, seed: int) -> float | None:
     if not task.config.relearn:
         return None
     loader = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
-    goal = evaluate(task.model, forget=task.forget.loader(task.config.batch_size)).accuracy["forget"] - 1
-    return relearn_time(model, loader, threshold=goal, lr=RELEARN_LR, max_steps=task.config.relearn).steps
+    goal = evaluate(task.model, forget=task.forget.loader(task.config.batch_size)).accuracy["forget"]
+    return relearn_time(model, loader, threshold=goal, margin=1.0, lr=RELEARN_LR, max_steps=task.config.relearn).steps
 
 
 def _probes(task: Task, model: nn.Module) -> dict[str, float] | None:

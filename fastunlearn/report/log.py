@@ -51,6 +51,10 @@ class HeldLog:
         """What the next record names as ``previous``: SHA-256 of the last complete line, None without one."""
         return _line_hash(self._lines[-1]) if self._lines else None
 
+    def has(self, identifier: str) -> bool:
+        """Whether the request of this id is in the log."""
+        return any(json.loads(line)["id"] == identifier for line in self._lines)
+
     def append(self, record_path: str | Path) -> None:
         """As :func:`append`."""
         record = read_record(record_path)
