@@ -128,13 +128,13 @@ def test_infinities_and_nan_are_none_in_json() -> None:
 def test_what_does_not_belong_together_is_refused() -> None:
     model, _, retain = classifier()
     with pytest.raises(TypeError, match=r"function from a seed to a model or a sequence of 2 models, got one Sequent"):
-        evaluate(model, test=retain, seeds=2)  # type: ignore[call-overload]
+        evaluate(model, test=retain, seeds=2)
     with pytest.raises(ValueError, match=r"model has 2 entries for 3 seeds"):
         evaluate([model, model], test=retain, seeds=3)
     with pytest.raises(ValueError, match=r"reference has 1 entries for 2 seeds"):
         evaluate([model, model], test=retain, reference=[model], seeds=2)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
-        evaluate(lambda seed: None, test=retain, seeds=2)  # type: ignore[call-overload]
+        evaluate(lambda seed: None, test=retain, seeds=2)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match=r"seeds= model must be a function of the seed or a sequence.*got int"):
         evaluate(3, test=retain, seeds=2)  # type: ignore[call-overload]
     for wrong in (0, []):
@@ -144,7 +144,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         evaluate(noisy, test=retain, seeds=[1, 1])
     for odd in (True, 2.0, ["0"]):
         with pytest.raises(TypeError, match=r"seeds must be a number of runs or a sequence of integers"):
-            evaluate(noisy, test=retain, seeds=odd)  # type: ignore[call-overload]
+            evaluate(noisy, test=retain, seeds=odd)  # type: ignore[arg-type]
     alone, compared = evaluate(model, test=retain), evaluate(model, test=retain, reference=model)
     with pytest.raises(ValueError, match=r"gap was measured in 1 of 2 runs"):
         over_runs([alone, compared])

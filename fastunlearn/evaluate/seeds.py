@@ -113,13 +113,13 @@ def _made(function: Callable[[int], Any], seeds: Sequence[int]) -> Iterator[Any]
 
 
 def summary(found: Metrics | MetricsOverSeeds) -> str:
-    """A table with a row per set, and what there is one of below it."""
+    """A table with a row per set and a column per field, and the fields that no set has below it."""
     columns: list[tuple[str, Mapping[str, float | Estimate] | None, str]] = [
-        ("accuracy %", found.accuracy, ".2f"),
+        ("accuracy", found.accuracy, ".2f"),
         ("gap", found.gap, "+.2f"),
         ("loss", found.loss, ".4f"),
-        ("KL", found.kl, ".4f"),
-        ("JS", found.js, ".4f"),
+        ("kl", found.kl, ".4f"),
+        ("js", found.js, ".4f"),
     ]
     shown = [(title, values, form) for title, values, form in columns if values is not None]
     rows = [["", *(title for title, _, _ in shown)]]
@@ -131,9 +131,9 @@ def summary(found: Metrics | MetricsOverSeeds) -> str:
     ]
     if found.membership_auc is not None:
         gap = "" if found.membership_gap is None else f", gap {_text(found.membership_gap, '+.3f')}"
-        lines.append(f"membership AUC {_text(found.membership_auc, '.3f')}{gap}")
+        lines.append(f"membership_auc {_text(found.membership_auc, '.3f')}{gap}")
     if found.tow is not None:
-        lines.append(f"ToW {_text(found.tow, '.4f')}")
+        lines.append(f"tow {_text(found.tow, '.4f')}")
     return "\n".join(line.rstrip() for line in lines)
 
 
