@@ -147,7 +147,7 @@ def save_weights(path: str | Path, state: State, like: str | Path | None = None)
         if path.suffix == ".safetensors":
             write_safetensors(file, state, metadata)
         else:
-            torch.save({key: _alone(value) for key, value in state.items()}, file)
+            _torch_save({key: _alone(value) for key, value in state.items()}, file)
 
 
 def digest(state: State) -> str:
@@ -345,6 +345,15 @@ def _tied(state: State) -> dict[str, list[str]]:
     return {
         key: [other for other in group if other != key] for group in groups.values() for key in group if len(group) > 1
     }
+
+
+def _torch_save(state: State, file: BinaryIO) -> None:
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:
+        if error.__context__ is not None:  # a full disk or Ctrl-C, which torch's closing of the archive runs over
+            raise error.__context__ from None
+        raise
 
 
 def _alone(tensor: Tensor) -> Tensor:

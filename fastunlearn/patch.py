@@ -88,8 +88,9 @@ class Patch:
 
 def changed_entries(before: Tensor, after: Tensor) -> npt.NDArray[np.bool_]:
     """Which entries, in row-major order, differ in any bit; shape [numel]. Both of one shape and dtype."""
-    size = before.element_size()
-    words = [np.frombuffer(raw_bytes(t), f"<u{min(size, 8)}").reshape(t.numel(), -1) for t in (before, after)]
+    kind = f"<u{min(before.element_size(), 8)}"
+    parts = -(-before.element_size() // 8)
+    words = [np.frombuffer(raw_bytes(t), kind).reshape(-1, parts) for t in (before, after)]
     return np.asarray((words[0] != words[1]).any(1))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from collections.abc import Callable
@@ -443,3 +444,18 @@ def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"a\.txt: weights end in"):
         save_weights(tmp_path / "a.txt", {"a": torch.ones(1)})
     assert os.listdir(tmp_path) == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path: Path, name: str) -> None:
+    """A limit on the size of files stands for the disk."""
+    save_weights(tmp_path / name, {"a": torch.ones(1)})
+    before = (tmp_path / name).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '.*{name}'"):
+            save_weights(tmp_path / name, {"a": torch.ones(200_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == before

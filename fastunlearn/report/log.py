@@ -61,6 +61,11 @@ class HeldLog:
         line = _line(record)
         if self._lines and self._lines[-1] == line and not self._torn:
             return
+        if not (line + b"\n").startswith(self._torn):
+            raise ValueError(
+                f"{self.path}: ends in part of a line, from an append that was cut off; append the record that it "
+                "belongs to, or take that part out"
+            )
         for number, earlier in enumerate(self._lines, 1):
             if json.loads(earlier)["id"] == record["id"]:
                 raise ValueError(f"{record_path}: the request {record['id']} is in {self.path} already, line {number}")
@@ -68,11 +73,6 @@ class HeldLog:
             raise ValueError(
                 f"{record_path}: names {record['previous']} as the line before, the last of {self.path} is "
                 f"{self.last_hash}; another request came between, write the record anew with this one"
-            )
-        if not (line + b"\n").startswith(self._torn):
-            raise ValueError(
-                f"{self.path}: ends in part of a line, from an append that was cut off; append the record that it "
-                "belongs to, or take that part out"
             )
         end = sum(len(earlier) + 1 for earlier in self._lines)
         try:

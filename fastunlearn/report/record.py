@@ -34,7 +34,7 @@ SALT_BYTES = 32
 LEFT_OUT = "[forgotten sample]"
 # Where a file's path begins inside a text: at its start or after a sign, with a root of Unix, Windows or the home.
 ROOT = re.compile(r"(?:(?<=[\s:=@,;\"'(\[])|^)(?:file:/*)?(?:~[\w.-]*|[A-Za-z]:|\.{1,2})?[/\\]+(?=\S)")
-URL = re.compile(r"\b(?!file:)\w{2,}:/+$")
+URL = re.compile(r"\b(?:https?|ftp|s3|gs|hf)://+$")
 TOKEN = re.compile(r"[^\s,;:=\"'()\[\]{}]+")
 
 
@@ -349,14 +349,20 @@ def _cleared(value: Any, hidden: frozenset[str]) -> Any:
 
 
 def _cleared_text(text: str, hidden: frozenset[str]) -> str:
-    """Numbers that are ids stay where they stand alone: ``class:3`` is a class though 3 may be a sample as well."""
-    if text in hidden and not text.isdigit():
+    """Short numbers stay where they stand alone: ``class:3`` is a class, though 3 may be a sample as well."""
+    if text in hidden and not _is_short_number(text):
         return LEFT_OUT
-    words = TOKEN.findall(text.partition(":")[2] if re.match(r"\w+:", text) else text)
-    if len(words) > 1 and not text.startswith("class") and all(word in hidden for word in words):
+    prefix, _, rest = text.partition(":") if re.match(r"\w+:", text) else ("", "", text)
+    words = TOKEN.findall(rest)
+    listed = len(words) > 1 or (words and prefix in ("index", "indices", "id", "ids", "sample", "samples"))
+    if listed and prefix not in ("class", "classes") and all(word in hidden for word in words):
         return f"[{len(words)} forgotten samples]"
-    text = TOKEN.sub(lambda word: LEFT_OUT if word[0] in hidden and not word[0].isdigit() else word[0], text)
+    text = TOKEN.sub(lambda w: LEFT_OUT if w[0] in hidden and not _is_short_number(w[0]) else w[0], text)
     for root in ROOT.finditer(text):
         if not URL.search(text[: root.end()]):  # to the last separator: folders may have spaces in their names
             return text[: root.start()] + re.split(r"[/\\]+", text[root.start() :].rstrip("/\\"))[-1]
     return text
+
+
+def _is_short_number(text: str) -> bool:
+    return text.isdigit() and len(text) < 6
