@@ -57,9 +57,7 @@ def scaling(options: DataOptions, shape: Sequence[int], dtype: torch.dtype, wher
         width = shape[0] if shape else 1
         if numbers is not None and len(numbers) not in (1, width):
             raise ValueError(f"{where}: {name} has {len(numbers)} numbers, the first axis of a sample {width}")
-    whole = not dtype.is_floating_point and dtype != torch.bool
-    images = whole and (dtype == torch.uint8 or len(shape) >= 2)
-    return Scaling(options.scale or (255.0 if images else None), mean, std)
+    return Scaling(options.scale or (255.0 if dtype == torch.uint8 else None), mean, std)
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def as_tensor(value: Any, where: str) -> Tensor:
 
 
 def held(value: Any, options: DataOptions, where: str) -> Held:
-    """Inputs [n, ...] from an array; images of integers may be [n, H, W] or have their channels last.
+    """Inputs [n, ...] from an array. Integers with 3 axes or more are images: [n, H, W], channels first, or last.
 
     Raises ValueError naming ``where`` for what :func:`as_tensor` refuses, no sample, NaN and infinities.
     """
@@ -144,9 +142,11 @@ def held(value: Any, options: DataOptions, where: str) -> Held:
     if values.dim() == 0 or not values.numel():
         raise ValueError(f"{where} is empty: its shape is {list(values.shape)}")
     require_finite(values, where)
-    if values.dtype == torch.uint8 and values.dim() == 3:
+    if values.dim() >= 3 and _is_whole(values) and values.dtype != torch.uint8:
+        values = _eight_bits(values, options, where)
+    if values.dim() == 3 and values.dtype == torch.uint8:
         values = values.unsqueeze(1)
-    elif values.dim() == 4 and values.shape[1] not in (1, 3) and values.shape[3] in (1, 3):
+    if values.dim() == 4 and values.shape[1] not in (1, 3) and values.shape[3] in (1, 3):
         values = values.permute(0, 3, 1, 2).contiguous()
     values = _as_asked(values, options, where)
     return Held(values, scaling(options, values.shape[1:], values.dtype, where))
@@ -270,6 +270,20 @@ def _as_asked(values: Tensor, options: DataOptions, where: str) -> Tensor:
     from fastunlearn.inputs.images import converted
 
     return torch.stack([converted(image, options) for image in values])
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() and values.dtype != torch.bool
+
+
+def _eight_bits(values: Tensor, options: DataOptions, where: str) -> Tensor:
+    """Images in wider integers as uint8, so that they are the same images; others need to be told their ``scale``."""
+    low, high = int(values.min()), int(values.max())
+    if 0 <= low and high <= 255:
+        return values.to(torch.uint8)
+    if options.scale is None:
+        raise ValueError(f"{where} has images of integers from {low} to {high}; give scale, by which they are divided")
+    return values
 
 
 def _along_first(numbers: tuple[float, ...], x: Tensor) -> Tensor:

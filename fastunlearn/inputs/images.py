@@ -303,8 +303,9 @@ def _tar_members(path: Path, spec: str) -> Iterator[Member]:
                 total += member.size
                 _require_bounded(member.name, member.size, total, spec)
                 yield member.name, None if member.isdir() else partial(_tar_content, archive, member)
-        if bounded.ended:
-            raise ValueError("it ends without an end mark, so a part of it is missing")
+        if bounded.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+            raise ValueError("it ends without an end mark: a part of it is missing or a header is broken")
+        bounded.finish()
 
 
 def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -343,19 +344,24 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO, spec: str) -> None:
         self.file, self.spec = file, spec
-        self.ended = False  # whether the last read found the end of the file
+        self.last = b""
 
     def read(self, size: int) -> bytes:
         if size > MEMBER:
             raise Refused(f"{self.spec!r}: a header asks for {size:,} bytes, more than {MEMBER:,}")
-        content = self.file.read(size)
-        self.ended = not content and size > 0
-        return content
+        self.last = self.file.read(size)
+        return self.last
 
     def seek(self, position: int) -> int:
         if position > 2 * UNPACKED:  # members, their headers and padding
             raise Refused(f"{self.spec!r} unpacks to more than {UNPACKED:,} bytes")
         return self.file.seek(position)
+
+    def finish(self) -> None:
+        """Read what follows the end mark, zeros mostly, for the check sum that comes last."""
+        while self.file.read(1 << 20):
+            if self.file.tell() > 2 * UNPACKED:
+                raise Refused(f"{self.spec!r} unpacks to more than {UNPACKED:,} bytes")
 
     def tell(self) -> int:
         return self.file.tell()

@@ -21,7 +21,7 @@ class DataOptions:
     columns : names of the feature columns of a table; default every numeric column but the target and the id.
     image_size : images are resized (bilinear, antialiased) to this height and width, or to a square of this side.
     channels : 1 or 3; the default is 3 for image files, as torchvision reads them, and what arrays have.
-    scale : inputs are divided by it; default 255 for images of integers, none for anything else.
+    scale : inputs are divided by it; default 255 for 8-bit integers and image files, none for anything else.
     mean, std : subtracted, then divided by; one number, or one per channel or column. After ``scale``.
     text_length : tokens per text; longer ones are cut, shorter ones padded. Default: the longest text's, at most
         what the tokenizer's model takes.
