@@ -453,8 +453,7 @@ def histogram(
     if mark is not None:
         ends = [min(ends[0], mark), max(ends[1], mark)]
     across = Scale(ends[0], ends[1], 46, WIDTH - 20, log)
-    tallest = max(numbers(counts), default=0.0)
-    up = Scale(0.0, domain([0.0, tallest], least=1.0)[1], height - 38, 30)
+    up = Scale(0.0, domain([0.0, max([1.0, *numbers(counts)])])[1], height - 38, 30)
     parts = axes(across, up, xlabel, "count")
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         y = up(finite(count) or 0.0)

@@ -112,7 +112,7 @@ class View:
         """By AUC on the original model, or on the first one measured, the strongest first."""
         curves = (self.findings.get("roc") or {}).values()
         names = dict.fromkeys(
-            [*(a for m in self.models for a in m.get("attacks") or {}), *(a for c in curves for a in c)]
+            [*(a for m in self.models for a in m.get("attacks") or {}), *(a for c in curves for a in c or {})]
         )
         order = ([self.original] if self.original else []) + self.models
 
@@ -534,7 +534,7 @@ def _attacks(view: View) -> str:
         {r for m in view.models for a in (m.get("attacks") or {}).values() for r in (a or {}).get("tpr") or {}},
         key=float,
     )
-    drawable = [a for a in attacks if any(a in found for found in curves.values())]
+    drawable = [a for a in attacks if any(a in (found or {}) for found in curves.values())]
     figures = [_roc(view, a, rates) for a in drawable[:MOST_ATTACKS]]
     body = ""
     if figures:
