@@ -24,22 +24,12 @@ from fastunlearn.jobs.config import Config, ConfigError, add_flags, resolve
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
            "batch_size", "device", "seed")  # fmt: skip
 MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
-ONE_METHOD = ("method", "settings", "method_samples")
+ONE_METHOD = ("method", "settings", "method_samples", "training")
+WRITING = ("pictures", "out")
 COMMANDS = {
-    "unlearn": (
-        *OPENING,
-        "method",
-        "settings",
-        "method_samples",
-        "training",
-        *MEASURING,
-        "shadows",
-        "cache",
-        "out",
-        "log",
-    ),
-    "plan": (*OPENING, "method", "settings", "method_samples", "training", *MEASURING, "shadows"),
-    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", "pictures", "out"),
+    "unlearn": (*OPENING, *ONE_METHOD, *MEASURING, "shadows", "cache", "log", *WRITING),
+    "plan": (*OPENING, *ONE_METHOD, *MEASURING, "shadows"),
+    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", *WRITING),
     "evaluate": (*OPENING, *MEASURING, "out"),
 }
 DESCRIPTIONS = {
