@@ -241,7 +241,7 @@ def text(key: str, value: str) -> Edit:
     return lambda metadata, entries, tensors: metadata.update({key: value})
 
 
-BOMB = bytes(50_000_000)
+BOMB = bytes(10_000_000)
 FORGED: dict[str, tuple[Edit, str]] = {
     "another format": (text("format", "pt"), "not a patch that fastunlearn wrote"),
     "another version": (text("version", "2"), "a patch of version 2"),
