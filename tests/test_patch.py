@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -240,7 +241,7 @@ def text(key: str, value: str) -> Edit:
     return lambda metadata, entries, tensors: metadata.update({key: value})
 
 
-BOMB = bytes(50_000_000)
+BOMB = bytes(10_000_000)
 FORGED: dict[str, tuple[Edit, str]] = {
     "another format": (text("format", "pt"), "not a patch that fastunlearn wrote"),
     "another version": (text("version", "2"), "a patch of version 2"),
@@ -306,24 +307,42 @@ FORGED: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", FORGED)
-def test_refused_in_one_line_that_names_the_patch(tmp_path: Path, case: str) -> None:
-    edit, expected = FORGED[case]
-    save_weights(tmp_path / "weights.safetensors", BEFORE)
-    write_patch(tmp_path / "patch.safetensors", BEFORE, AFTER)
-    with safetensors.safe_open(tmp_path / "patch.safetensors", framework="pt") as file:
+def forge(folder: Path, edit: Edit) -> None:
+    """weights.safetensors and a patch.safetensors for it with something in it changed."""
+    save_weights(folder / "weights.safetensors", BEFORE)
+    write_patch(folder / "patch.safetensors", BEFORE, AFTER)
+    with safetensors.safe_open(folder / "patch.safetensors", framework="pt") as file:
         metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
     as_written = metadata["tensors"]
     entries = json.loads(as_written)
     edit(metadata, entries, tensors)
     if metadata["tensors"] == as_written:
         metadata["tensors"] = json.dumps(entries)
-    save_file(tensors, tmp_path / "patch.safetensors", metadata)
+    save_file(tensors, folder / "patch.safetensors", metadata)
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_refused_in_one_line_that_names_the_patch(tmp_path: Path, case: str) -> None:
+    edit, expected = FORGED[case]
+    forge(tmp_path, edit)
     content = (tmp_path / "weights.safetensors").read_bytes()
     with pytest.raises(ValueError, match=expected) as refusal:
         apply_patch(tmp_path / "weights.safetensors", tmp_path / "patch.safetensors", tmp_path / "weights.safetensors")
     assert "patch.safetensors" in str(refusal.value) and "\n" not in str(refusal.value)
     assert (tmp_path / "weights.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("case", [case for case in FORGED if case.endswith("bomb")])
+def test_a_bomb_is_never_unpacked(tmp_path: Path, case: str) -> None:
+    forge(tmp_path, FORGED[case][0])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="do not unpack"):
+            apply_patch(tmp_path / "weights.safetensors", tmp_path / "patch.safetensors", tmp_path / "new.safetensors")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(BOMB) / 20
 
 
 def test_a_patch_cut_anywhere_or_missing_is_refused(tmp_path: Path) -> None:
