@@ -83,7 +83,8 @@ class _Run:
 
     def __init__(self, task: Task, space: Workspace, say: Say) -> None:
         self.task, self.space, self.say, self.config = task, space, say, task.config
-        self.before = {name: value.detach().cpu().clone() for name, value in task.model.state_dict().items()}
+        # As the file has them: a checkpoint in half precision stays one, though the model runs in float32.
+        self.before = load_weights(task.weights) if task.weights is not None else _on_cpu(task.model.state_dict())
 
     def findings(self) -> dict[str, Any]:
         """Everything that record and report say; the pieces are kept as they are finished."""
@@ -194,7 +195,10 @@ class _Run:
         model = task.copy()
         self.say(f"{config.method}: forgetting {len(task.forget):,} of {len(task.forget) + len(task.retain):,} samples")
         outcome, kernels = run_method(task, config.method, method, model, config.seed)
-        save_weights(self.space.weights("unlearned"), model.state_dict())
+        state = _on_cpu(model.state_dict())
+        save_weights(
+            self.space.weights("unlearned"), {name: state[name].to(old.dtype) for name, old in self.before.items()}
+        )
         return {**outcome.as_dict(), "kernels": kernels}
 
     def _retrain(self) -> float:
@@ -270,6 +274,10 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     if (out / KEPT).exists():
         forget_phases(out)
     return findings
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def _identifier() -> dict[str, str]:

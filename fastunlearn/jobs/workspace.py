@@ -47,6 +47,8 @@ class Workspace:
         except BlockingIOError as error:
             self.close()
             raise BlockingIOError(f"another process is working on {out}") from error
+        for torn in self.path.rglob(".*.part"):  # what a kill cut off
+            torn.unlink()
         for key, value in request.items():
             if before.get(key) != value:
                 self.close()
