@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from fastunlearn import Retrain
-from fastunlearn.evaluate import lira as module
 from fastunlearn.evaluate.lira import lira, membership, u_lira
 from fastunlearn.evaluate.roc import roc
 from fastunlearn.evaluate.shadows import ShadowModels, balanced_subsets
@@ -22,6 +22,7 @@ from fastunlearn.evaluate.stacked import Recipe
 
 RECIPE = Recipe(epochs=20, lr=0.02, batch_size=32)
 FORGET = torch.arange(20, 50)
+module = importlib.import_module("fastunlearn.evaluate.lira")
 
 
 def mlp() -> nn.Module:
