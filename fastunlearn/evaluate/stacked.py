@@ -210,7 +210,8 @@ def _checked(
 
 def initial_model(build: Build, seed: int, device: torch.device | str = "cpu") -> nn.Module:
     """What ``build`` returns with torch seeded by ``seed``, on ``device``; the caller's random state is put back."""
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         return build().to(device)
 
@@ -235,8 +236,6 @@ def choose_mode(
     steps = TIMED_STEPS if mode == "auto" else 0
     alone = _time_alone(build, recipe, samples, subsets[members[0]], seeds[members[0]], device, steps)
     seconds = {"sequential": alone * len(subsets)}
-    if mode == "auto" and len(members) == 1:
-        return TrainingReport("sequential", "no two models take equally many steps", seconds)
     try:
         together = _time_stack(
             build, recipe, samples, [subsets[m] for m in members], [seeds[m] for m in members], device, steps
