@@ -331,6 +331,13 @@ def test_any_part_may_be_missing(key: str, how: str) -> None:
     assert set(sections(render(unlearn_findings()))) - set(sections(page)) == GONE.get(key, set())
 
 
+def test_a_model_that_did_not_relearn_is_named() -> None:
+    findings = compare_findings()
+    assert "known again in time" not in words(render(findings))
+    findings["models"][2]["relearn"] = {"mean": None, "runs": 3}
+    assert "Not measured, or not known again in time: DeepClean" in words(render(findings))
+
+
 def test_nothing_at_all_is_still_a_page() -> None:
     page = render({})
     read(page)
@@ -652,9 +659,10 @@ def test_everything_is_seen_and_has_a_name(browser: Any, tmp_path: Path, name: s
         assert len(drawn) == page.locator("svg[role=img]").count() and len(set(drawn)) == len(drawn)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [*SAMPLES, "hostile", "huge"])
 def test_on_paper_it_is_light_and_whole(browser: Any, tmp_path: Path, name: str) -> None:
-    with opened(browser, render(SAMPLES[name]()), tmp_path, f"print-{name}") as page:
+    more = {"hostile": hostile_findings, "huge": huge_findings}
+    with opened(browser, render((SAMPLES | more)[name]()), tmp_path, f"print-{name}") as page:
         page.emulate_media(color_scheme="dark")
         pdf = page.pdf(format="A4")
         assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 1

@@ -836,7 +836,12 @@ def _spectra(view: View) -> str:
 
 def _relearn(view: View) -> str:
     chart = _compared(view, "Steps until the forgotten data is known again", lambda m: m.get("relearn"), _steps)
-    return _grid([chart]) if chart else ""
+    if not chart:
+        return ""
+    without = [m["name"] for m in view.models if _mean(m.get("relearn")) is None]
+    names = ", ".join(f"<bdi>{text(shorten(name, 40))}</bdi>" for name in without)
+    note = f'<p class="small">Not measured, or not known again in time: {names}.</p>' if without else ""
+    return _grid([chart]) + note
 
 
 def _limits(view: View) -> str:
