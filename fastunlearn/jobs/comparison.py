@@ -12,8 +12,8 @@ from torch import nn
 
 from fastunlearn.checkpoint import load_into, load_weights, save_weights
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.config import Config, ConfigError, write_config
-from fastunlearn.jobs.deletion import Say, run_method, train
+from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
+from fastunlearn.jobs.deletion import run_method, train
 from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
 from fastunlearn.jobs.measuring import measure
 from fastunlearn.jobs.methods import entry, make_method

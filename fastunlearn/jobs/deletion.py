@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from fastunlearn import ops
 from fastunlearn.checkpoint import digest, load_into, load_weights, save_weights
 from fastunlearn.evaluate.stacked import train_models
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.config import Config, write_config
+from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
+from fastunlearn.jobs.config import Config, Say, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
@@ -44,7 +45,6 @@ from fastunlearn.report.record import (
     write_salt,
 )  # fmt: skip
 
-Say = Callable[[str], None]
 SMALLEST_RATIO = 1e-4  # in the picture
 SPECTRA_UP_TO = 1024  # inputs of a layer whose spectrum is worth its eigendecomposition
 
@@ -68,6 +68,8 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
         return out, _complete(out, log, config)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config)
+    if config.shadows:
+        require_attackable(task)
     space = Workspace(out, task.identity(), resume)
     try:
         run = _Run(task, space, say)
@@ -114,12 +116,13 @@ class _Run:
             confusions[role] = found.pop("confusion")
             rows.append(model_row(label, role, [{**found, "seconds": seconds}]))
         if config.shadows:
-            from fastunlearn.jobs.attacking import shadow_attacks
-
-            extra = phase("shadows", lambda: shadow_attacks(task, unlearned, self.space.out, self.say))
+            cache = Path(config.cache) if config.cache is not None else self.space.out.parent / ".shadows"
+            by_role = {role: model for _, role, model, _ in models}
+            extra = phase("shadows", lambda: shadow_attacks(task, by_role, cache, self.say))
+            notes += extra["limits"]
             for row in rows:
-                row["attacks"] |= extra["attacks"].get(row["role"], {})
-                rocs[row["name"]] |= extra["roc"].get(row["role"], {})
+                row["attacks"] |= extra["attacks"][row["role"]]
+                rocs[row["name"]] |= extra["roc"][row["role"]]
         after = load_weights(self.space.weights("unlearned"))
         attacks = list(rows[1]["attacks"])
         samples = {n: len(part) for n, part in task.sets.items()} | {"retain": len(task.retain)}

@@ -7,8 +7,7 @@ from typing import Any
 
 from fastunlearn.checkpoint import load_into
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.config import Config, ConfigError, write_config
-from fastunlearn.jobs.deletion import Say
+from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
 from fastunlearn.jobs.findings import model_row
 from fastunlearn.jobs.measuring import measure
 from fastunlearn.jobs.task import open_task
