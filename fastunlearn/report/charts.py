@@ -64,7 +64,7 @@ class Scale:
     percent: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"a scale needs low < high, both finite, got {self.low} and {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"a logarithmic scale begins above zero, got {self.low}")
@@ -86,8 +86,7 @@ class Scale:
                 powers = [10.0**k for k in range(last, first - 1, -stride)][::-1]
                 return [(v, tick_label(v, v, self.percent)) for v in powers]
         step = nice_step((self.high - self.low) / most)
-        slack = 1e-9 * (self.high - self.low)
-        first, last = math.ceil((self.low - slack) / step), math.floor((self.high + slack) / step)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(k * step, tick_label(k * step, step, self.percent)) for k in range(first, last + 1)]
 
 
@@ -447,9 +446,10 @@ def histogram(
     if any(b <= a for a, b in pairwise(edges)):
         raise ValueError("the edges of a histogram must rise")
     log = edges[0] > 0 and edges[-1] / edges[0] > 1e3
-    ends = [edges[0], edges[-1]]
-    if mark is not None and (finite(mark) is None or (log and mark <= 0)):
+    mark = finite(mark)
+    if log and mark is not None and mark <= 0:
         mark = None
+    ends = [edges[0], edges[-1]]
     if mark is not None:
         ends = [min(ends[0], mark), max(ends[1], mark)]
     across = Scale(ends[0], ends[1], 46, WIDTH - 20, log)
