@@ -20,6 +20,17 @@ def load() -> ModuleType:
         raise ImportError(_explain(Path(__file__).parent, str(error))) from error
 
 
+def cuda_problem() -> str:
+    """Why CUDA tensors can not be used here, and what would change that; empty when they can."""
+    if not torch.version.cuda:
+        return "none for torch: this is its CPU build; install the CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "none found: torch is a CUDA build but sees no GPU or no driver"
+    if not load().build_info()["cuda"]:
+        return "found, but fastunlearn was built without nvcc: install the CUDA toolkit and build it again"
+    return ""
+
+
 def _explain(package: Path, reason: str) -> str:
     here = f"Python {platform.python_version()} on {sys.platform} {platform.machine()} with torch {torch.__version__}"
     built = sorted(path.name for path in package.glob("_C.*") if path.suffix in (".so", ".pyd", ".dylib"))

@@ -1,4 +1,8 @@
-"""The command line: ``fastunlearn demo`` and ``fastunlearn doctor``."""
+"""The command line. Every command does all of what it says, or nothing and one line about why.
+
+Exit codes: 0 done; 1 refused or failed, for the reason on stderr; 2 a wrong flag or configuration; 3 ``verify`` found
+something that does not hold; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,182 @@ import importlib.util
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastunlearn.jobs.config import Config, ConfigError, add_flags, resolve
+
+OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
+           "batch_size", "device", "seed")  # fmt: skip
+MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
+ONE_METHOD = ("method", "settings", "method_samples", "training")
+WRITING = ("pictures", "out")
+COMMANDS = {
+    "unlearn": (*OPENING, *ONE_METHOD, *MEASURING, "shadows", "cache", "log", *WRITING),
+    "plan": (*OPENING, *ONE_METHOD, *MEASURING, "shadows"),
+    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", *WRITING),
+    "evaluate": (*OPENING, *MEASURING, "out"),
+}
+DESCRIPTIONS = {
+    "unlearn": "make a checkpoint forget, measure it, and write a record",
+    "plan": "what unlearn would read, how long and how much memory it would take, and what it does to each layer",
+    "compare": "several methods and retraining, over seeds, in one report",
+    "evaluate": "what a checkpoint still knows of some samples, beside one that never saw them",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 refused with a reason, 2 a wrong argument."""
-    parser = argparse.ArgumentParser(prog="fastunlearn", description="Make trained networks forget.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="three methods on scikit-learn's digits, beside retraining")
-    demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    demo.add_argument("--seed", type=int, default=0, help="of data, training and methods (default: 0)")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: out/demo)")
-    demo.set_defaults(run=_demo)
-    doctor = commands.add_parser("doctor", help="what is installed, built and used, and what is missing")
-    doctor.set_defaults(run=_doctor)
-    arguments = parser.parse_args(argv)
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    command = " ".join(part for part in (arguments.command, getattr(arguments, "action", None)) if part)
     try:
         code: int = arguments.run(arguments)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"fastunlearn {arguments.command}: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print(f"fastunlearn {command}: interrupted; nothing half done is left", file=sys.stderr)
+        return 130
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if arguments.debug:
+            raise
+        print(f"fastunlearn {command}: {_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return code
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastunlearn", description="Make trained networks forget.", allow_abbrev=False,
+        epilog="exit codes: 0 done, 1 refused or failed, 2 wrong flag or configuration, 3 verify found something "
+        "wrong, 130 interrupted",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, help: str, to: Any = commands) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = to.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(run=run)
+        return added
+
+    for name, run in (("unlearn", _unlearn), ("plan", _plan), ("compare", _compare), ("evaluate", _evaluate)):
+        added = command(name, run, DESCRIPTIONS[name])
+        add_flags(added, COMMANDS[name])
+        if name in ("unlearn", "compare"):
+            added.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    verify = command("verify", _verify, "whether a deletion record is whole, in its log, and about these weights")
+    verify.add_argument("record", type=Path, help="record.json")
+    for flag, help in (
+        ("weights", "the checkpoint that is said to have forgotten"),
+        ("log", "the log that the record must be in; its whole chain is checked"),
+        ("patch", "the patch that is said to make the change"),
+        ("salt", "what the hashes of the ids were salted with, for --id"),
+    ):
+        verify.add_argument(f"--{flag}", type=Path, metavar="FILE", help=help)
+    verify.add_argument("--id", action="append", default=[], help="a sample that must be among the forgotten")
+    patch = commands.add_parser("patch", help="bring an unlearning to a deployed copy of the model")
+    actions = patch.add_subparsers(dest="action", required=True)
+    apply = command("apply", _patch_apply, "write the patched weights; a model of another hash is refused", actions)
+    apply.add_argument("patch", type=Path, help="patch.safetensors")
+    apply.add_argument("--weights", type=Path, required=True, metavar="FILE", help="the checkpoint before")
+    apply.add_argument("--out", type=Path, required=True, metavar="FILE", help="may be the same file")
+    demo = command("demo", _demo, "three methods on scikit-learn's digits, beside retraining")
+    demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    demo.add_argument("--seed", type=int, default=0, help="of data, training and methods (default: 0)")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: out/demo)")
+    command("doctor", _doctor, "what is installed, built and used, and what is missing")
+    return parser
+
+
+def _line(error: BaseException) -> str:
+    """An error's own words, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Any:
     from rich.console import Console
 
-    from fastunlearn.demo import run
-
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        problem = _cuda_problem()
-        if problem:
-            raise RuntimeError(f"--device {arguments.device} can not be used: {problem}")
     # A file or a pipe has no width: give the table the one it needs.
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    run(arguments.out, arguments.seed, device, console)
+    return Console(width=None if sys.stdout.isatty() else 132)
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {_line_of(message)}")
+    return resolve(arguments)
+
+
+def _line_of(message: Warning | str) -> str:
+    return " ".join(str(message).split())
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.deletion import unlearn
+    from fastunlearn.report.table import models_table
+
+    out, findings = unlearn(_config(arguments), arguments.resume, _say)
+    _console().print(models_table(findings))
+    print(findings["verdict"])
+    print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.planning import plan
+    from fastunlearn.jobs.task import open_task
+
+    print(plan(open_task(_config(arguments))))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.comparison import compare
+    from fastunlearn.report.table import models_table
+
+    out, findings = compare(_config(arguments), arguments.resume, _say)
+    _console().print(models_table(findings))
+    print(findings["verdict"])
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.evaluation import evaluate_weights
+    from fastunlearn.report.table import models_table
+
+    findings = evaluate_weights(_config(arguments), _say)
+    _console().print(models_table(findings))
+    print(findings["verdict"])
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fastunlearn.report.log import verify
+
+    checks = verify(arguments.record, arguments.weights, arguments.log, arguments.patch, arguments.salt, arguments.id)
+    for check in checks:
+        print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}")
+    return 0 if all(check.passed for check in checks) else 3
+
+
+def _patch_apply(arguments: argparse.Namespace) -> int:
+    from fastunlearn.patch import apply_patch
+
+    patch = apply_patch(arguments.weights, arguments.patch, arguments.out)
+    print(f"{arguments.out}: {patch.changed:,} weights written, {patch.after}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastunlearn.demo import run
+    from fastunlearn.jobs.task import device_named
+
+    device = device_named(arguments.device)
+    run(arguments.out, arguments.seed, device, _console())
     return 0
 
 
@@ -73,7 +214,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     ):
         if importlib.util.find_spec(module) is None:
             print(f"  missing  {package}, used for {why}: pip install {package}")
-    problem = _cuda_problem()
+    problem = _library.cuda_problem()
     print(f"  GPU      {problem or torch.cuda.get_device_name()}")
     print("operators")
     width = max(map(len, _operators())) - len("fastunlearn::")
@@ -86,19 +227,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _operators() -> list[str]:
     return sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastunlearn::"))
-
-
-def _cuda_problem() -> str:
-    """Why CUDA tensors can not be used here, and what would change that; empty when they can."""
-    from fastunlearn import _library
-
-    if not torch.version.cuda:
-        return "none for torch: this is its CPU build; install the CUDA build of torch"
-    if not torch.cuda.is_available():
-        return "none found: torch is a CUDA build but sees no GPU or no driver"
-    if not _library.load().build_info()["cuda"]:
-        return "found, but fastunlearn was built without nvcc: install the CUDA toolkit and build it again"
-    return ""
 
 
 def _version(package: str) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,28 +14,33 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A binary file to write, which takes the place of ``path`` when the block ends and never before.
 
     It is written under another name beside it, flushed to the disk and renamed, which the file system does at once or
     not at all. Whatever the block raises, a full disk and Ctrl-C included, the other name is gone and ``path`` is
-    as it was. A process that is killed may leave ``.<name>.*.part`` behind, never half of ``path``.
+    as it was. A process that is killed may leave ``.<name>.*.part`` behind, never half of ``path``. ``mode`` is what
+    the user's umask takes away from. A symbolic link is replaced, not what it points to.
+
+    Raises OSError, which names ``path``, where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    name = str(path.parent / f".{path.name[:200]}.{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(name, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp's own is for its user alone
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, name):
+            # The user knows nothing of the other name, and a full disk comes without any.
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
     sync_folder(path.parent)
 

@@ -217,6 +217,34 @@ def fisher_diagonal(
     return FisherDiagonal(values, work.samples, kind, sample)
 
 
+def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None = None) -> dict[str, str]:
+    """How :func:`fisher_diagonal` would take each parameter's squares, in words, from the first batch alone.
+
+    For every parameter that requires grad: the rule of its layers, one copy per sample, all samples together or one by
+    one inside a module, or that the loss does not depend on it. The model is left as it was; errors and cost are those
+    of :func:`fisher_diagonal` on one batch.
+    """
+    require_separable(model)
+    require_finite(model)
+    device = device_of(model)
+    with eager(), preserved(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is slow is in the answer
+        targets = _select(model, None)
+        generator = torch.Generator(device).manual_seed(0)
+        work = _Work(model, loss_fn, "empirical", "sequence", generator, targets, _autocast(device))
+        work.add(next(read(batches, "batches", device)))
+    plan = work.plan
+    assert plan is not None  # add() raises where there is none
+    ways = {name: "the loss does not depend on it" for name in targets}
+    ways |= {name: f"kernel, {' and '.join(sorted({type(u.module).__name__ for u, _ in uses}))}"
+             for name, uses in plan.rules.items()}  # fmt: skip
+    ways |= dict.fromkeys(plan.bare, "one copy per sample")
+    for fallback in plan.fallbacks.values():
+        how = "all samples together" if fallback.batched else "one sample after another"
+        ways |= dict.fromkeys(fallback.names, f"{how}, on {fallback.unit.label}")
+    return ways
+
+
 def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     if params is None:

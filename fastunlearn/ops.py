@@ -9,25 +9,30 @@ that were given). Inputs that are not contiguous are copied; tensors that are wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from fastunlearn import _library
 from fastunlearn.reference import pack_mask, unpack_mask
 
 _C = _library.load()
-_ops = torch.ops.fastunlearn
+_ops: Any = torch.ops.fastunlearn
+
 
 __all__ = [
     "add_column_noise_",
     "cholesky_inverse_",
     "codec_choose_",
     "codec_scores",
+    "counted",
     "gram_accumulate_",
     "gram_accumulate_conv2d_",
     "grouped_mm_",
@@ -49,6 +54,42 @@ __all__ = [
     "threshold_reset_",
     "unpack_mask",
 ]
+
+
+class _Counted:
+    """Stands for ``torch.ops.fastunlearn`` while :func:`counted` is open."""
+
+    def __init__(self, calls: Counter[tuple[str, str]]) -> None:
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.fastunlearn, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            device = next(
+                (leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "none"
+            )
+            self._calls[name, device] += 1
+            return operator(*args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def counted() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts, by (operator, device type), every call that this module makes while the block runs, in any thread.
+
+    For the account of a run: which kernels it used, and where. Blocks may not be nested; a few microseconds a call.
+    """
+    global _ops
+    if isinstance(_ops, _Counted):
+        raise RuntimeError("operators are already being counted")
+    calls: Counter[tuple[str, str]] = Counter()
+    _ops = _Counted(calls)
+    try:
+        yield calls
+    finally:
+        _ops = torch.ops.fastunlearn
 
 
 def sq_grad_linear(out: Tensor, input: Tensor, grad_output: Tensor) -> Tensor:

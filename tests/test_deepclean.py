@@ -41,7 +41,7 @@ def test_fraction_counts_live_weights_over_all_tensors(fraction: float) -> None:
     both = fisher_diagonal(model := classifier()[0], forget), fisher_diagonal(model, retain)
     live = sum(int(((both[0][name] > 0) | (both[1][name] > 0)).sum()) for name in both[0])
     assert live < sum(p.numel() for p in model.parameters())
-    assert outcome.details["live"] == live
+    assert outcome.details["live"] == live == sum(count for _, count in outcome.details["ratios"])
     # Ratios are float32 numbers of a few hundred values of information: none is shared here.
     assert sum(outcome.changed.values()) == round(fraction * live)
     assert outcome.details["share_reset"] == pytest.approx(fraction, abs=1 / live)

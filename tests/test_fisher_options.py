@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn.fisher import FisherDiagonal, fisher_diagonal
+from fastunlearn import ops
+from fastunlearn.fisher import FisherDiagonal, fisher_diagonal, fisher_plan
 
 Terms = Callable[[Any, Tensor], Iterable[tuple[Any, Tensor]]]  # outputs, targets of one sample -> weights and losses
 
@@ -318,3 +319,38 @@ def test_compiled_models_run_their_python_code(backend: str, in_place: bool) -> 
         assert list(fisher) == [name for name, _ in model.named_parameters()]
         assert_same(fisher, {name: expected[name.removeprefix("_orig_mod.")] * 8 for name in fisher}, 8)
     assert torch.isfinite(model(batches[0][0])).all()
+
+
+def test_the_plan_says_how_each_parameter_is_taken_and_changes_nothing() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(5, 4))
+            self.recurrent = nn.LSTM(4, 4, batch_first=True)
+            self.out = nn.Linear(4, 3)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.recurrent(x + self.table)[0][:, -1])
+
+    model = Model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ways = fisher_plan(model, [(torch.rand(6, 5, 4), torch.arange(6) % 3)])
+    assert list(ways) == list(before)
+    assert ways["table"] == "one copy per sample"
+    assert ways["recurrent.weight_hh_l0"] == "one sample after another, on recurrent (LSTM)"
+    assert ways["out.weight"] == "kernel, Linear"
+    assert ways["unused.bias"] == "the loss does not depend on it"
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_calls_of_operators_are_counted_by_device_and_only_inside() -> None:
+    model = nn.Linear(3, 2)
+    batches = [(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64))] * 3
+    with ops.counted() as calls:
+        fisher_diagonal(model, batches)
+        with pytest.raises(RuntimeError, match="already"), ops.counted():
+            pass
+    assert calls == {("sq_grad_linear", "cpu"): 3, ("sq_grad_bias", "cpu"): 3}
+    fisher_diagonal(model, batches)
+    assert calls.total() == 6

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from cifar10 import Images, Loader, load_images, load_model, train
 from safetensors.torch import save_file
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import fastunlearn as fu
-from fastunlearn.hooks import Call, recording
+from fastunlearn.evaluate.probes import linear_probe
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EPOCHS = 14  # of training from scratch
@@ -64,39 +63,16 @@ def accuracies(model: nn.Module, forget: Images, retain: Images) -> dict[str, fl
 
 
 def probe(model: nn.Module, cls: int, images: Images, test: Images) -> dict[str, float]:
-    """Per layer, the AUC on test images of a ridge classifier of the class on the layer's outputs, averaged over
-    positions: 0.5 knows nothing of the class, 1.0 all."""
+    """Per layer, the AUC on test images of a ridge classifier of the class on what a ReLU lets through of the layer's
+    outputs, averaged over positions: 0.5 knows nothing of the class, 1.0 all."""
     generator = torch.Generator().manual_seed(0)
     own, others = ((images.y == cls) == which for which in (True, False))
     index = [
         where.nonzero().flatten()[torch.randperm(int(where.sum()), generator=generator)[: PROBED // 2]]
         for where in (own, others)
     ]
-    fit = images[torch.cat(index)]
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    names = {id(module): name for name, module in layers.items()}
-
-    def features(of: Images) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-        def on_call(call: Call) -> None:
-            output = call.output.relu()
-            found[names[id(call.module)]].append(output.flatten(2).mean(2) if output.dim() == 4 else output)
-
-        with torch.no_grad(), recording(layers.values(), on_call):
-            for x, _ in Loader(of):
-                model(x)
-        return {name: torch.cat(parts).double() for name, parts in found.items()}
-
-    known, unseen = features(fit), features(test)
-    aucs = {}
-    for name in layers:
-        mean, deviation = known[name].mean(0), known[name].std(0).clamp(min=1e-9)
-        a, b = ((x[name] - mean) / deviation for x in (known, unseen))
-        target = (fit.y == cls).double() * 2 - 1
-        weight = torch.linalg.solve(a.mT @ a + 0.01 * len(a) * torch.eye(a.shape[1]).double(), a.mT @ target)
-        aucs[name] = float(roc_auc_score((test.y == cls).numpy(), (b @ weight).numpy()))
-    return aucs
+    fit = Loader(images[torch.cat(index)])
+    return linear_probe(model, fit, Loader(test), cls, transform=torch.relu)
 
 
 def run(

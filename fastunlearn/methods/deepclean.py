@@ -128,7 +128,8 @@ class DeepClean:
 
         Returns:
             An :class:`Outcome`; ``changed`` counts the reset weights per parameter. ``details``: ``gamma`` (one
-            number, or per parameter with ``per_layer``), ``live`` (weights with any information), ``share_reset``
+            number, or per parameter with ``per_layer``), ``ratios`` (the filled bins of :func:`ops.ratio_histogram`, as
+            [lower edge, weights]; the infinite left out), ``live`` (weights with any information), ``share_reset``
             (reset over live), ``epochs`` run and ``validation_loss`` after each.
 
         Raises:
@@ -270,9 +271,11 @@ class DeepClean:
             )
         resets = dict(zip(names, counts.tolist(), strict=True))
         outcome.changed = {name: count for name, count in resets.items() if count}
-        live = importances.live()
+        histogram = ops.ratio_histogram(importances.forget, importances.retain, floors)
+        live = int(histogram.sum())
         outcome.details = {
             "gamma": self._report(gamma, importances),
+            "ratios": _filled_bins(histogram),
             "live": live,
             "share_reset": sum(resets.values()) / max(live, 1),
             "epochs": 0,
@@ -381,3 +384,8 @@ class DeepClean:
             "fisher_samples": self.fisher_samples,
             "seed": self.seed,
         }
+
+
+def _filled_bins(histogram: Tensor) -> list[list[float]]:
+    counts, edges = histogram.tolist(), ops.ratio_edges().tolist()
+    return [[edge, count] for edge, count in zip(edges, counts, strict=True) if count and math.isfinite(edge)]

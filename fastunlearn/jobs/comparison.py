@@ -1,0 +1,204 @@
+"""``compare``: several methods and retraining, over seeds, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastunlearn.checkpoint import load_into, load_weights, save_weights
+from fastunlearn.files import write_json, write_text
+from fastunlearn.jobs.config import Config, ConfigError, write_config
+from fastunlearn.jobs.deletion import Say, run_method, train
+from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
+from fastunlearn.jobs.measuring import measure
+from fastunlearn.jobs.methods import entry, make_method
+from fastunlearn.jobs.task import Task, applicable, open_task
+from fastunlearn.jobs.workspace import Workspace
+from fastunlearn.report.html import write_report
+from fastunlearn.report.pictures import write_pictures
+from fastunlearn.report.record import device_name, plain_limits, versions
+
+Chosen = tuple[str, str, dict[str, Any]]  # label, method, settings
+
+
+def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any]]:
+    """Run every method with every seed beside a retrained model; returns the folder and the findings.
+
+    Without ``weights`` each seed trains an original of its own; without ``reference`` each seed retrains one without
+    the forgotten samples, several of them at once where that is faster. The folder holds ``report.html``,
+    ``findings.json``, ``config.yaml`` and ``pictures``. Each method with each seed is a phase of its own, kept as soon
+    as it is finished. Raises as :func:`~fastunlearn.jobs.deletion.unlearn`.
+    """
+    config.require("out")
+    assert config.out is not None
+    if config.shadows:
+        raise ConfigError("shadows belong to unlearn; a comparison has the attacks that need no other models")
+    chosen = _chosen(config)
+    task = open_task(config)
+    skipped: dict[str, str] = {}
+    if not chosen:
+        names, skipped = applicable(task)
+        chosen = [(name, name, {}) for name in names]
+    out = Path(config.out).resolve()
+    space = Workspace(out, task.identity(), resume)
+    try:
+        run = _Comparison(task, space, chosen, say)
+        findings = run.findings(skipped)
+        if config.pictures:
+            write_pictures(findings, space.path / "pictures")
+        write_text(space.path / "config.yaml", write_config(config))
+        write_json(space.path / "findings.json", findings)
+        write_report(findings, space.path / "report.html")
+        space.finish()
+    finally:
+        space.close()
+    return out, findings
+
+
+def _chosen(config: Config) -> list[Chosen]:
+    """The methods asked for, their settings checked; a label tells two of the same name apart."""
+    found: list[Chosen] = []
+    for item in config.methods:
+        given = {"method": item} if isinstance(item, str) else item
+        if not isinstance(given, dict) or not isinstance(given.get("method"), str):
+            raise ConfigError(f"methods must hold names or {{method: name, settings: {{...}}}}, got {item!r}")
+        if unknown := sorted(set(given) - {"method", "settings", "label"}):
+            raise ConfigError(
+                f"methods: {given['method']}: unknown key {unknown[0]!r}; known are method, settings, label"
+            )
+        name, settings = given["method"], given.get("settings") or {}
+        if name == "retrain":
+            raise ConfigError("methods: retrain is always run, as the reference; leave it out")
+        make_method(name, settings, config.seed, nn.Module)
+        label = given.get("label") or name
+        if label in {label for label, _, _ in found} | {"original", "retrained"}:
+            raise ConfigError(f"methods: {label} is there twice; give one of them another label")
+        found.append((label, name, settings))
+    return found
+
+
+class _Comparison:
+    """The phases: training what is missing, then each method with each seed."""
+
+    def __init__(self, task: Task, space: Workspace, chosen: Sequence[Chosen], say: Say) -> None:
+        self.task, self.space, self.chosen, self.say = task, space, chosen, say
+        self.seeds = [task.config.seed + i for i in range(task.config.seeds)]
+
+    def findings(self, skipped: dict[str, str]) -> dict[str, Any]:
+        """As ``unlearn`` makes them, with intervals over the seeds."""
+        task, config = self.task, self.task.config
+        seconds = self.space.phase("train", self._train)
+        rows: dict[str, list[Row]] = {}
+        roles = {"original": "original"}
+        for seed in self.seeds:
+            original, reference = self._model("original", seed), self._model("retrained", seed)
+            here = replace(task, model=original)
+            for label, name, settings in self.chosen:
+                roles[label] = "baseline" if entry(name).baseline else "unlearned"
+                run = partial(self._run, here, reference, seed, label, name, settings)
+                found = self.space.phase(f"{seed}-{label}", run)
+                rows.setdefault(label, []).append(found)
+            for label, model in (("original", original), ("retrained", reference)):
+                self.say(f"seed {seed}: measuring the {label} model")
+                found = self.space.phase(f"{seed}-{label}", partial(measure, here, model, reference, seed))
+                rows.setdefault(label, []).append({**found, "seconds": seconds.get(label)})
+        roles["retrained"] = "reference"
+        order = ["original", *(label for label, _, _ in self.chosen), "retrained"]
+        apart = ("roc", "probes", "activation_distance", "confusion", "notes")
+        models = [
+            model_row(label, roles[label], [{k: v for k, v in r.items() if k not in apart} for r in rows[label]])
+            for label in order
+        ]
+        best = closest(models)
+        samples = {name: len(part) for name, part in task.sets.items()} | {"retain": len(task.retain)}
+        attacks = list(models[0]["attacks"])
+        limits = plain_limits(
+            method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks, samples=samples
+        )
+        limits += [f"{name} was left out: {reason}." for name, reason in skipped.items()]
+        limits += sorted({note for label in order for row in rows[label] for note in row["notes"]})
+        return {
+            "title": f"Ways to forget {config.forget}",
+            "verdict": comparison_verdict(models, best),
+            "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
+                        "data": config.data or config.forget, "model": config.model},
+            "models": models,
+            "roc": {label: {a: mean_roc([r["roc"][a] for r in rows[label]]) for a in rows[label][0]["roc"]}
+                    for label in order},
+            "layers": [],
+            "probes": _means(rows, order, "probes"),
+            "activation_distance": _means(rows, order, "activation_distance"),
+            "confusion": self._confusion(rows, best["name"]),
+            "histograms": [],
+            "spectra": [],
+            "leaks": None,
+            "limits": limits,
+            "settings": {label: {"method": name, **settings} for label, name, settings in self.chosen}
+            | {"seeds": self.seeds, "training": seconds["how"]},
+            "versions": versions(),
+            "device": {"name": device_name(task.device), "type": task.device.type},
+            "record": {"id": None, "sha256": None},
+        }  # fmt: skip
+
+    def _train(self) -> dict[str, Any]:
+        """Originals where no weights were given, references where none was; seconds of each, and how."""
+        task, seeds = self.task, self.seeds
+        wanted: list[tuple[str, Any]] = []
+        if task.weights is None:
+            wanted.append(("original", None))
+        if task.reference is None:
+            wanted.append(("retrained", task.retain))
+        found: dict[str, Any] = {"how": "not needed"}
+        for label, part in wanted:
+            if part is None:
+                part = task.everything()
+            self.say(f"training {len(seeds)} models, {label}, on {len(part):,} samples")
+            models, found[label], found["how"] = train(task, [part] * len(seeds), seeds)
+            for seed, model in zip(seeds, models, strict=True):
+                save_weights(self.space.weights(f"{label}-{seed}"), model.state_dict())
+        return found
+
+    def _model(self, label: str, seed: int) -> nn.Module:
+        kept = self.space.weights(f"{label}-{seed}")
+        model = self.task.copy()
+        if kept.exists():
+            load_into(model, load_weights(kept), "what this run kept")
+        elif label == "retrained":
+            assert self.task.reference is not None  # or it would have been trained
+            load_into(model, self.task.reference, "--reference")
+        return model.eval()
+
+    def _run(
+        self, here: Task, reference: nn.Module, seed: int, label: str, name: str, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        self.say(f"seed {seed}: {label}")
+        model = here.copy()
+        outcome, _ = run_method(here, name, make_method(name, settings, seed, here.fresh), model, seed)
+        return {**measure(here, model, reference, seed), "seconds": sum(outcome.seconds.values())}
+
+    def _confusion(self, rows: dict[str, list[Row]], best: str) -> dict[str, Any] | None:
+        """Counts added up over the seeds: before, after the method that came closest, retrained."""
+        if rows["original"][0]["confusion"] is None:
+            return None
+        total = {
+            label: [[sum(cells) for cells in zip(*lines, strict=True)]
+                    for lines in zip(*(r["confusion"] for r in rows[label]), strict=True)]
+            for label in ("original", best, "retrained")
+        }  # fmt: skip
+        return {"classes": self.task.classes, "before": total["original"], "after": total[best],
+                "reference": total["retrained"]}  # fmt: skip
+
+
+def _means(rows: dict[str, list[Row]], order: Sequence[str], key: str) -> dict[str, dict[str, float]] | None:
+    """Per model and layer, averaged over the seeds; None where it was not measured."""
+    if any(row[key] is None for label in order for row in rows[label]):
+        return None
+    return {
+        label: {layer: value["mean"] for layer, value in joined([r[key] for r in rows[label]]).items()}
+        for label in order
+    }

@@ -1,0 +1,246 @@
+"""One request as a flat set of keys: from a YAML file, from flags, or both; flags win."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A key or a flag that is wrong by itself, before any file is opened."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on but for the contents of the files it names. Each field is a key and a flag,
+    explained in :data:`HELP`."""
+
+    model: str
+    model_arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    data: str | None = None
+    data_options: dict[str, Any] = field(default_factory=dict)
+    forget: str | None = None
+    retain: str = "rest"
+    test: str | None = None
+    validation: str | None = None
+    method: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    methods: list[Any] = field(default_factory=list)
+    method_samples: int | None = None
+    reference: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    measured: int = 10_000
+    shadows: int = 0
+    probes: bool = True
+    relearn: int = 50
+    bootstrap: int = 1000
+    pictures: bool = True
+    batch_size: int = 128
+    device: str = "cpu"
+    seed: int = 0
+    seeds: int = 3
+    out: str | None = None
+    log: str | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_type(getattr(self, f.name), str(f.type), f.name)
+            value, least = getattr(self, f.name), LEAST.get(f.name)
+            if least is not None and value is not None and value < least:
+                raise ConfigError(f"{f.name} must be {least} or more, got {value}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def require(self, *names: str) -> None:
+        """Raise ConfigError naming the first of these keys that has no value."""
+        for name in names:
+            if getattr(self, name) in (None, ""):
+                raise ConfigError(f"{name} is missing: give {flag_of(name)}, or the key {name} in the configuration")
+
+
+HELP = {
+    "model": "package.module:function, file.py:function, torchvision:NAME, timm:NAME or a Hugging Face folder",
+    "model_arguments": "given to the function that makes the model",
+    "weights": "checkpoint to unlearn from: safetensors, or .pt with nothing but weights",
+    "data": "training data: folder of class folders, archive::folder, npz, safetensors, csv, parquet, jsonl, datasets "
+    "folder, or package.module:function",
+    "data_options": "how data is read: image_size, mean, std, inputs, targets, ...",
+    "forget": "index:FILE, id:FILE, class:NAME[,NAME] or predicate:FILE.py:FUNCTION of the data; without --data, data",
+    "retain": "rest (all that is not forgotten), or chosen as with --forget",
+    "test": "data that no model was trained on",
+    "validation": "data held back from retain, for methods that stop by it",
+    "method": "deepclean, class-forgetting, lcodec, ssd, finetune, gradient-ascent or retrain",
+    "settings": "of the method, as its class documents them",
+    "methods": "of a comparison: names, or in a file {method: name, settings: {...}}; all when empty",
+    "method_samples": "of each set that the method reads, evenly over classes; all, but 1000 for class-forgetting",
+    "reference": 'the yardstick: weights of a model that never saw the forgotten data, or "retrain"',
+    "training": "of retraining and shadow models: epochs, lr, weight_decay, batch_size",
+    "measured": "retained samples at most that are measured, drawn once",
+    "shadows": "shadow models behind the per-example attacks LiRA and U-LiRA; 0 for none",
+    "probes": "ask every layer, by a linear probe, whether it still knows a forgotten class",
+    "relearn": "steps at most of learning again what was forgotten; 0 leaves it out",
+    "bootstrap": "resamples behind the interval of an attack",
+    "pictures": "charts as PNG and SVG beside the report; needs matplotlib",
+    "batch_size": "of every pass",
+    "device": "cpu, cuda or cuda:N",
+    "seed": "of everything that is drawn",
+    "seeds": "runs of a comparison, from --seed on",
+    "out": "folder for the results; must not exist, or be empty",
+    "log": "append-only log of deletions; beside the folder by default",
+    "cache": "folder of shadow models; beside the folder by default",
+}  # what each key means, as --help says it
+FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
+LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
+         "seeds": 1}  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "bool": (bool,), "dict": (dict,), "list": (list,), "float": (float, int),
+}  # fmt: skip
+_WORDS = {"str": "text", "int": "a whole number", "bool": "true or false", "dict": "a mapping", "list": "a list",
+          "float": "a number"}  # fmt: skip
+
+
+def check_type(value: Any, annotation: str, name: str) -> None:
+    """Raise ConfigError unless ``value`` is what a field annotated like this takes."""
+    kind = _kind(annotation)
+    if value is None and annotation.endswith(" | None"):
+        return
+    if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be {_WORDS[kind]}, got {value!r}")
+
+
+def is_plain(annotation: str) -> bool:
+    """Whether :func:`check_type` knows what a field annotated like this takes."""
+    return annotation.removesuffix(" | None") in _TYPES
+
+
+def _kind(annotation: Any) -> str:
+    """The bare type in an annotation of this module, which are text: "dict" of "dict[str, Any] | None"."""
+    return str(annotation).removesuffix(" | None").split("[")[0]
+
+
+def flag_of(name: str) -> str:
+    """What a key is called on the command line."""
+    return "--" + FLAGS.get(name, name).replace("_", "-")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; raises ConfigError or OSError naming the file and the key."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it can not be read"
+        raise ConfigError(f"{path}{where}: not YAML: {problem}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold keys and values, it holds {type(found).__name__}")
+    names = [f.name for f in fields(Config)]
+    for key in found:
+        if key not in names:
+            raise ConfigError(f"{path}: unknown key {key!r}{_suggestion(str(key), names)}")
+    try:
+        replace(Config(model=""), **found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return found
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def write_config(config: Config) -> str:
+    """As YAML, every key with its value, so that it says the same whatever the defaults become."""
+    import yaml
+
+    return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """A flag for each of these keys, and ``--config``; a flag that was not given has no value."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the same keys; flags win")
+    for f in fields(Config):
+        if f.name not in names:
+            continue
+        kind = _kind(f.type)
+        default = "" if f.default in (None, MISSING) else f" (default: {f.default})"
+        options: dict[str, Any] = {"dest": f.name, "default": None, "help": HELP[f.name] + default}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind == "dict":
+            options |= {"action": "append", "metavar": "KEY=VALUE"}
+        elif kind == "list":
+            options["metavar"] = "NAME,NAME"
+        else:
+            options["metavar"] = {"int": "N"}.get(kind, "FILE" if f.name in ("weights", "log") else f.name.upper())
+        parser.add_argument(flag_of(f.name), **options)
+
+
+def resolve(arguments: argparse.Namespace) -> Config:
+    """The file's keys, overridden by the flags; raises ConfigError naming the key or the flag."""
+    found = read_config(arguments.config) if arguments.config is not None else {}
+    for f in fields(Config):
+        given = getattr(arguments, f.name, None)
+        if given is None:
+            continue
+        kind = _kind(f.type)
+        if kind == "dict":
+            found[f.name] = {**found.get(f.name, {}), **_pairs(given, flag_of(f.name))}
+        elif kind == "list":
+            found[f.name] = [name for name in given.split(",") if name]
+        elif kind == "int":
+            found[f.name] = _whole(given, flag_of(f.name))
+        else:
+            found[f.name] = given
+    if not found.get("model"):
+        raise ConfigError("model is missing: give --model, or the key model in the configuration")
+    return Config(**found)
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} must be a whole number, got {text!r}") from error
+
+
+def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{flag} {key}: {value!r} can not be read as a value") from error
+    return found
+
+
+def pick(kind: type, given: Mapping[str, Any], what: str) -> Any:
+    """An instance of the dataclass ``kind`` from the keys of ``given``; ConfigError names ``what`` and the key."""
+    known = [f.name for f in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{what}: unknown key {key!r}{_suggestion(str(key), known)}")
+    try:
+        return kind(**given)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {error}") from error

@@ -1,0 +1,139 @@
+"""What runs measured, joined: figures over seeds, and in one sentence whether the samples are forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastunlearn.evaluate.estimate import Estimate
+
+Row = dict[str, Any]
+
+NEAR_POINTS = 2.0  # points of accuracy that count as the same, beside what chance allows
+NEAR_AUC = 0.05
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """The same tree as each of ``values`` with an :class:`Estimate` as a dict in place of every number.
+
+    Of one run, an estimate made within it (a bootstrap's) is kept; of several, the interval is that over the runs.
+    What is missing (None) in one run is missing.
+    """
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if _is_estimate(first):
+        return first if len(values) == 1 else Estimate.over([v["mean"] for v in values]).as_dict()
+    if isinstance(first, dict):
+        return {key: joined([v[key] for v in values]) for key in first if all(key in v for v in values)}
+    return Estimate.over(list(values)).as_dict()
+
+
+def _is_estimate(value: Any) -> bool:
+    return isinstance(value, dict) and {"mean", "runs"} <= set(value)
+
+
+def model_row(name: str, role: str, rows: Sequence[Row]) -> Row:
+    """One model's entry: ``rows`` are its measurements, one per run."""
+    return {"name": name, "role": role, **joined(rows)}
+
+
+def mean_roc(curves: Sequence[dict[str, list[float]]], points: int = 200) -> dict[str, list[float]]:
+    """True positive rates averaged over runs at the same false positive rates; the curve itself for one run."""
+    if len(curves) == 1:
+        return curves[0]
+    grid = sorted({rate for curve in curves for rate in curve["fpr"]})
+    if len(grid) > points:
+        grid = [grid[round(i * (len(grid) - 1) / (points - 1))] for i in range(points)]
+    rates = [[_at(curve, rate) for rate in grid] for curve in curves]
+    return {"fpr": grid, "tpr": [math.fsum(column) / len(curves) for column in zip(*rates, strict=True)]}
+
+
+def _at(curve: dict[str, list[float]], fpr: float) -> float:
+    """The largest true positive rate at no more false positives."""
+    return max(t for f, t in zip(curve["fpr"], curve["tpr"], strict=True) if f <= fpr)
+
+
+def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int) -> str:
+    """One sentence: is it forgotten, compared with never having seen it, and what did it cost?"""
+    name, accuracy = unlearned["name"], unlearned["accuracy"]
+    cost = _cost(unlearned, original)
+    if reference is None:
+        return (
+            f"{name} took the accuracy on the forgotten samples from {_percent(original['accuracy']['forget'])} to "
+            f"{_percent(accuracy['forget'])}{cost}; without a retrained reference nothing here says how a model that "
+            "never saw them behaves."
+        )
+    goal = reference["accuracy"]["forget"]
+    before, after = (abs(row["accuracy"]["forget"]["mean"] - goal["mean"]) for row in (original, unlearned))
+    gaps = _auc_gaps(unlearned, reference)
+    hidden = all(gap <= max(NEAR_AUC, chance) for gap, chance in gaps)
+    # Two standard errors of the accuracy of so many samples.
+    chance = 200 * math.sqrt(max(goal["mean"] * (100 - goal["mean"]), 0.0) / 100**2 / max(forgotten, 1))
+    near = after <= max(NEAR_POINTS, chance)
+    if near and hidden:
+        word = "Forgotten, as far as these measures see"
+    elif near or after <= before / 2:
+        word = "Partly forgotten"
+    else:
+        word = "Not forgotten"
+    attack = f" and the strongest attack's AUC is {max(gaps)[0]:.3f} away from that model's" if gaps else ""
+    return (
+        f"{word}: after {name} the accuracy on the forgotten samples is {_percent(accuracy['forget'])}, where a model "
+        f"that never saw them has {_percent(goal)} (before: {_percent(original['accuracy']['forget'])}){attack}{cost}."
+    )
+
+
+def distance(row: Row) -> float:
+    """Mean over the sets of the points of accuracy from the reference."""
+    gaps = [abs(gap["mean"]) for gap in row["gap"].values()]
+    return math.fsum(gaps) / len(gaps)
+
+
+def closest(models: Sequence[Row]) -> Row:
+    """The method whose accuracies are closest to the retrained model's; the first of several."""
+    return min((m for m in models if m["role"] in ("unlearned", "baseline")), key=distance)
+
+
+def comparison_verdict(models: Sequence[Row], best: Row) -> str:
+    """One sentence: which method comes closest to never having seen the data, how close, and in what time."""
+    original = next(m for m in models if m["role"] == "original")
+    reference = next(m for m in models if m["role"] == "reference")
+    tried = sum(m["role"] in ("unlearned", "baseline") for m in models)
+    runs = best["accuracy"]["forget"]["runs"]
+    sets = len(best["gap"])
+    word = "farther than doing nothing" if distance(best) > distance(original) else "doing nothing"
+    spent = f", in {best['seconds']['mean']:.3g} s"
+    if reference["seconds"] is not None:
+        spent += f" where retraining takes {reference['seconds']['mean']:.3g} s"
+    return (
+        f"Of {tried} methods over {runs} seeds, {best['name']} comes closest to a model that never saw the data: "
+        f"{distance(best):.2f} points away on average over {sets} sets ({word}: {distance(original):.2f}){spent}."
+    )
+
+
+def _percent(estimate: Row) -> str:
+    return f"{estimate['mean']:.1f} %"
+
+
+def _cost(unlearned: Row, original: Row) -> str:
+    where = "test" if "test" in unlearned["accuracy"] else "retain"
+    lost = original["accuracy"][where]["mean"] - unlearned["accuracy"][where]["mean"]
+    what = "test" if where == "test" else "retained"
+    return f", at {abs(lost):.1f} points {'less' if lost >= 0 else 'more'} {what} accuracy"
+
+
+def _auc_gaps(row: Row, reference: Row) -> list[tuple[float, float]]:
+    """Per attack, the distance of the AUC from the reference's, and how much of it chance allows at 95 %."""
+    found = []
+    for name, attack in row["attacks"].items():
+        if name in reference["attacks"]:
+            ours, theirs = attack["auc"], reference["attacks"][name]["auc"]
+            found.append((abs(ours["mean"] - theirs["mean"]), math.hypot(_half(ours), _half(theirs))))
+    return found
+
+
+def _half(estimate: Row) -> float:
+    """Half of the interval's width; 0 without one."""
+    return (estimate["high"] - estimate["low"]) / 2 if "high" in estimate else 0.0
