@@ -313,6 +313,7 @@ def dot_chart(
     band: tuple[float, float] | None = None,
     line: float | None = None,
     least: float | None = None,
+    limits: tuple[float, float] | None = None,
     written: Sequence[str] = (),
     label_width: float = 104.0,
     row: float = 22.0,
@@ -320,18 +321,26 @@ def dot_chart(
     """One line per row: its name, its dots with their intervals, and (``written``) a text at the right.
 
     ``band`` shades a range of values and ``line`` marks one: where the retrained models lie. The axis is
-    at least ``least`` wide, so that small differences look small.
+    at least ``least`` wide, so that small differences look small; it and the intervals end at ``limits``.
     """
     drawn = [(name, [d for d in dots if finite(d.value) is not None]) for name, dots in rows]
     found = [v for _, dots in drawn for d in dots for v in (d.value, d.low, d.high)]
     right = WIDTH - (46 if written else 16)
     top, bottom = 6.0, 6 + row * len(drawn)
-    low, high = around([*found, *(band or ()), line], least)
+    bottom_value, top_value = limits or (-math.inf, math.inf)
+
+    def within(value: float) -> float:
+        return min(max(value, bottom_value), top_value)
+
+    low, high = map(within, around([*found, *(band or ()), line], least))
+    if low == high:
+        low, high = around([low])
     margin = 0.04 * (high - low)  # no dot on the edge
     across = Scale(low - margin, high + margin, label_width + 8, right)
     parts = []
     if band and finite(band[0]) is not None and finite(band[1]) is not None:
-        left, wide = across(band[0]), max(across(band[1]) - across(band[0]), 1.5)
+        left = across(within(band[0]))
+        wide = max(across(within(band[1])) - left, 1.5)
         parts.append(f'<rect class="band" x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{bottom - top:.1f}"/>')
     for value, label in across.ticks():
         at = across(value)
@@ -347,7 +356,7 @@ def dot_chart(
         for d in dots:
             whisker = ""
             if finite(d.low) is not None and finite(d.high) is not None:
-                a, b = across(float(d.low or 0)), across(float(d.high or 0))
+                a, b = across(within(d.low or 0.0)), across(within(d.high or 0.0))
                 whisker = f'<path class="whisker {colour(d.series)}" d="M{a:.1f} {y:.1f}H{b:.1f}"/>'
             parts.append(f"<g><title>{text(d.note or name)}</title>{whisker}{marker(d.series, across(d.value), y)}</g>")
         if written:
