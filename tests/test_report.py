@@ -154,6 +154,16 @@ def test_small_differences_look_small() -> None:
     assert 0 < x[1] - x[0] < 8
 
 
+def test_an_axis_ends_where_values_can_not_go() -> None:
+    rows = [("a", [Dot(100.0, 0, 98.0, 109.0)]), ("b", [Dot(100.0)])]
+    root = parsed(charts.dot_chart("a", "t", "d", rows, band=(95.0, 120.0), least=4.0, limits=(0.0, 100.0)))
+    labels = [str(t.text) for t in found(root, "text", "tick")]
+    assert labels == ["96", "98", "100"]
+    end = re.findall(r"M([\d.]+) ", str(found(root, "path", "mark")[0].get("d")))[0]
+    assert str(found(root, "path", "whisker")[0].get("d")).endswith(f"H{float(end) + 4:.1f}")
+    parsed(charts.dot_chart("a", "t", "d", [("a", [Dot(100.0)])], limits=(0.0, 100.0)))
+
+
 def test_bars_are_as_long_as_their_values_and_never_negative() -> None:
     rows = [("a", 1.0, "1"), ("b", 0.25, "0.25"), ("c", None, ""), ("d", -3.0, "-3")]
     widths = [float(str(r.get("width"))) for r in found(parsed(charts.bars("a", "t", "d", rows)), "rect", "bar")]
@@ -276,7 +286,7 @@ def test_a_comparison_shows_intervals_and_names_the_method_it_speaks_of() -> Non
     page = render(compare_findings())
     read(page)
     assert "spectra" in sections(page) and "histograms" not in sections(page) and "leaks" not in sections(page)
-    assert "ClassForgetting , of 3 methods nearest to the retrained model" in words(page)
+    assert "ClassForgetting , of 6 methods the one whose accuracies are nearest to the retrained model" in words(page)
     assert "61.4 60.8 to 62.0 +61.4 points" in words(page) and "3 runs" in page
 
 
@@ -296,6 +306,38 @@ def test_the_mark_stands_exactly_where_a_mean_is_in_the_interval_of_the_retraine
             ]
         wanted += sum("low" in r and r["low"] <= e["mean"] <= r["high"] for e, r in pairs)
     assert wanted > 5 and render(findings).count('<td class="near">') == wanted
+
+
+def test_the_cards_speak_of_the_method_that_is_nearest_over_all_sets() -> None:
+    findings = compare_findings()
+    tried = [m for m in findings["models"] if m["role"] in ("unlearned", "baseline")]
+    for m in tried:
+        m["gap"] = {s: estimate(9.0 if s == "forget" else -8.0, 1.0, 3) for s in m["accuracy"]}
+    tried[4]["gap"]["test"] = estimate(0.5, 1.0, 3)  # a baseline
+    assert f"{tried[4]['name']} , of 6 methods the one" in words(render(findings))
+
+
+def test_the_strongest_attack_is_the_one_that_tells_unlearned_from_retrained_best() -> None:
+    findings = unlearn_findings()
+    findings["models"][1]["attacks"]["entropy"]["auc"] = estimate(0.41, 0.02)  # below a coin toss gives away as well
+    assert "AUC of the strongest attack, entropy ;" in words(render(findings))
+
+
+def test_counts_that_were_averaged_over_runs_are_counts() -> None:
+    findings = compare_findings()
+    for m in findings["models"]:
+        for cls in m["per_class"]["test"].values():
+            cls["samples"] = {"mean": 1234.0, "runs": 3, "low": 1234.0, "high": 1234.0}
+    page = render(findings)
+    assert "1,234" in page and "mean&#x27;" not in page
+
+
+def test_test_samples_of_forgotten_classes_have_a_column_and_a_name() -> None:
+    findings = compare_findings()
+    for m in findings["models"]:
+        m["accuracy"]["test of forgotten"] = estimate(12.3, 1.0, 3)
+    page = words(render(findings))
+    assert "Accuracy on test data of the forgotten classes, %" in page and "test, forgotten classes" in page
 
 
 def test_one_run_of_the_reference_marks_no_accuracy_and_says_why() -> None:

@@ -64,7 +64,7 @@ class Scale:
     percent: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"a scale needs low < high, both finite, got {self.low} and {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"a logarithmic scale begins above zero, got {self.low}")
@@ -86,8 +86,7 @@ class Scale:
                 powers = [10.0**k for k in range(last, first - 1, -stride)][::-1]
                 return [(v, tick_label(v, v, self.percent)) for v in powers]
         step = nice_step((self.high - self.low) / most)
-        slack = 1e-9 * (self.high - self.low)
-        first, last = math.ceil((self.low - slack) / step), math.floor((self.high + slack) / step)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(k * step, tick_label(k * step, step, self.percent)) for k in range(first, last + 1)]
 
 
@@ -314,6 +313,7 @@ def dot_chart(
     band: tuple[float, float] | None = None,
     line: float | None = None,
     least: float | None = None,
+    limits: tuple[float, float] | None = None,
     written: Sequence[str] = (),
     label_width: float = 104.0,
     row: float = 22.0,
@@ -321,18 +321,26 @@ def dot_chart(
     """One line per row: its name, its dots with their intervals, and (``written``) a text at the right.
 
     ``band`` shades a range of values and ``line`` marks one: where the retrained models lie. The axis is
-    at least ``least`` wide, so that small differences look small.
+    at least ``least`` wide, so that small differences look small; it and the intervals end at ``limits``.
     """
     drawn = [(name, [d for d in dots if finite(d.value) is not None]) for name, dots in rows]
     found = [v for _, dots in drawn for d in dots for v in (d.value, d.low, d.high)]
     right = WIDTH - (46 if written else 16)
     top, bottom = 6.0, 6 + row * len(drawn)
-    low, high = around([*found, *(band or ()), line], least)
+    bottom_value, top_value = limits or (-math.inf, math.inf)
+
+    def within(value: float) -> float:
+        return min(max(value, bottom_value), top_value)
+
+    low, high = map(within, around([*found, *(band or ()), line], least))
+    if low == high:
+        low, high = around([low])
     margin = 0.04 * (high - low)  # no dot on the edge
     across = Scale(low - margin, high + margin, label_width + 8, right)
     parts = []
     if band and finite(band[0]) is not None and finite(band[1]) is not None:
-        left, wide = across(band[0]), max(across(band[1]) - across(band[0]), 1.5)
+        left = across(within(band[0]))
+        wide = max(across(within(band[1])) - left, 1.5)
         parts.append(f'<rect class="band" x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{bottom - top:.1f}"/>')
     for value, label in across.ticks():
         at = across(value)
@@ -348,7 +356,7 @@ def dot_chart(
         for d in dots:
             whisker = ""
             if finite(d.low) is not None and finite(d.high) is not None:
-                a, b = across(float(d.low or 0)), across(float(d.high or 0))
+                a, b = across(within(d.low or 0.0)), across(within(d.high or 0.0))
                 whisker = f'<path class="whisker {colour(d.series)}" d="M{a:.1f} {y:.1f}H{b:.1f}"/>'
             parts.append(f"<g><title>{text(d.note or name)}</title>{whisker}{marker(d.series, across(d.value), y)}</g>")
         if written:
@@ -447,9 +455,10 @@ def histogram(
     if any(b <= a for a, b in pairwise(edges)):
         raise ValueError("the edges of a histogram must rise")
     log = edges[0] > 0 and edges[-1] / edges[0] > 1e3
-    ends = [edges[0], edges[-1]]
-    if mark is not None and (finite(mark) is None or (log and mark <= 0)):
+    mark = finite(mark)
+    if log and mark is not None and mark <= 0:
         mark = None
+    ends = [edges[0], edges[-1]]
     if mark is not None:
         ends = [min(ends[0], mark), max(ends[1], mark)]
     across = Scale(ends[0], ends[1], 46, WIDTH - 20, log)

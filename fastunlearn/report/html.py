@@ -26,7 +26,12 @@ MOST_SLOPES = 80
 MOST_SETTINGS = 200
 MOST_COLUMNS = 8
 WORST = 5
-SET_NAMES = {"forget": "forgotten", "retain": "retained", "test": "test"}
+SET_NAMES = {
+    "forget": "forgotten",
+    "retain": "retained",
+    "test": "test",
+    "test of forgotten": "test, forgotten classes",
+}
 ROLES = {
     "original": "before unlearning",
     "unlearned": "unlearned",
@@ -109,16 +114,17 @@ class View:
         return sorted(dict.fromkeys(found), key=lambda s: list(SET_NAMES).index(s) if s in SET_NAMES else 9)
 
     def attacks(self) -> list[str]:
-        """By AUC on the original model, or on the first one measured, the strongest first."""
+        """The strongest first: whose AUC on an unlearned model is farthest from the retrained model's (or from 0.5)."""
         curves = (self.findings.get("roc") or {}).values()
         names = dict.fromkeys(
             [*(a for m in self.models for a in m.get("attacks") or {}), *(a for c in curves for a in c or {})]
         )
-        order = ([self.original] if self.original else []) + self.models
+        judged = self.unlearned or [m for m in self.models if m is not self.reference]
 
         def strength(attack: str) -> float:
-            found = (_mean(_attack(m, attack)) for m in order if m)
-            return next((v for v in found if v is not None), 0.0)
+            target = _mean(_attack(self.reference, attack))
+            known = numbers(_mean(_attack(m, attack)) for m in judged)
+            return max((abs(auc - (0.5 if target is None else target)) for auc in known), default=0.0)
 
         return sorted(names, key=lambda a: -strength(a))
 
@@ -184,7 +190,7 @@ def _points(value: float) -> str:
 
 def _seconds(value: float) -> str:
     if value < 100:
-        return f"{value:.3g}\u202fs"
+        return _signed(f"{value:.3g}\u202fs")
     minutes = round(value / 60)
     return (
         f"{round(value)}\u202fs"
@@ -270,12 +276,12 @@ def _verdict(view: View, title: str) -> str:
         )
     cards = whose = ""
     if view.unlearned:
-        mine = _nearest(view)
+        mine, tried = _spoken_of(view)
         cards = "".join(_card(*answer) for answer in _answers(view, mine))
-        if len(view.unlearned) > 1:
-            why = "nearest to the retrained model on the forgotten data" if view.reference else "the first"
+        if tried > 1:
+            why = "whose accuracies are nearest to the retrained model's" if view.reference else "which is the first"
             name = f"<b><bdi>{text(shorten(mine['name'], 60))}</bdi></b>"
-            whose = f'<p class="whose">{name}, of {len(view.unlearned)} methods {why}</p>'
+            whose = f'<p class="whose">{name}, of {tried} methods the one {why}</p>'
     return (
         f'<div class="top" id="verdict"><h1>{title}</h1>{sentence}{missing}'
         + (f'{whose}<dl class="answers">{cards}</dl>' if cards else "")
@@ -287,15 +293,18 @@ def _card(question: str, answer: str, detail: str) -> str:
     return f"<div><dt>{question}</dt><dd><b>{answer}</b><span>{detail}</span></dd></div>"
 
 
-def _nearest(view: View) -> Mapping[str, Any]:
-    """Of the unlearned models the one whose forgotten accuracy is nearest to the reference's; else the first."""
-    target = _mean(_of(view.reference, "accuracy", "forget"))
+def _spoken_of(view: View) -> tuple[Mapping[str, Any], int]:
+    """The model that the cards speak of, and of how many it was chosen: the one whose accuracies are on average nearest
+    to the reference's, unless only one was unlearned; without a reference the first."""
+    tried = [m for m in view.models if m.get("role") in ("unlearned", "baseline")]
+    if len(view.unlearned) == 1:
+        return view.unlearned[0], 1
 
     def distance(model: Mapping[str, Any]) -> float:
-        mean = _mean(_of(model, "accuracy", "forget"))
-        return math.inf if mean is None or target is None else abs(mean - target)
+        gaps = numbers(_mean(e) for e in (model.get("gap") or {}).values())
+        return math.fsum(map(abs, gaps)) / len(gaps) if gaps else math.inf
 
-    return min(view.unlearned, key=distance)
+    return min(tried, key=distance), len(tried)
 
 
 def _answers(view: View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -352,11 +361,11 @@ def _glance(view: View) -> str:
     """Every model on one axis per quantity, the retrained models' interval shaded."""
     figures = []
     for name in view.sets():
-        title = f"Accuracy on {SET_NAMES.get(name, name)} data, %"
-        figures.append(_compared(view, title, partial(_of, key="accuracy", part=name), PERCENT1, 4.0))
+        title = f"Accuracy on {_data(name)}, %"
+        figures.append(_compared(view, title, partial(_of, key="accuracy", part=name), PERCENT1, 4.0, (0, 100)))
     for attack in view.attacks()[:1]:
         title = f"Strongest attack ({shorten(attack, 24)}), AUC"
-        figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1))
+        figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1, (0, 1)))
     figures = [figure for figure in figures if figure]
     shaded = " The line is the retrained model; shaded, its interval." if view.reference else ""
     return (_grid(figures) + f'<p class="small">Whiskers are 95 % intervals.{shaded}</p>') if figures else ""
@@ -368,6 +377,7 @@ def _compared(
     value: Callable[[Mapping[str, Any]], Estimated],
     write: Callable[[float], str],
     least: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> str:
     """A figure with a row per model that has this value; nothing with fewer than two."""
     rows, written, said = [], [], []
@@ -386,8 +396,16 @@ def _compared(
     chart = charts.dot_chart(
         view.ident(), title, "; ".join(said), rows,
         band=_interval(reference), line=_mean(reference), written=written, least=least,
+        limits=limits,
     )  # fmt: skip
     return _figure(chart, text(title))
+
+
+def _data(name: str) -> str:
+    """A set as one speaks of it."""
+    if name == "test of forgotten":
+        return "test data of the forgotten classes"
+    return f"{SET_NAMES.get(name, name)} data"
 
 
 def _request(view: View) -> str:
@@ -407,7 +425,11 @@ def _request(view: View) -> str:
     return f'<dl class="pairs">{"".join(entries)}</dl>{share}' if entries else ""
 
 
-def _whole(n: object) -> str:
+def _whole(n: Any) -> str:
+    """A count, or the mean of one over runs."""
+    mean = finite(n.get("mean")) if isinstance(n, Mapping) else None
+    if mean is not None:
+        return f"{mean:,.0f}" if mean == round(mean) else f"{mean:,.1f}"
     return f"{n:,}" if isinstance(n, int) else text(n)
 
 
@@ -426,7 +448,7 @@ def _models(view: View) -> str:
                 _of(model, "accuracy", s),
                 PERCENT1,
                 None if is_reference else _of(view.reference, "accuracy", s),
-                _of(model, "gap", s),
+                None if is_reference else _of(model, "gap", s),
             )
             for s in sets
         ]
@@ -499,7 +521,7 @@ def _per_class(view: View) -> str:
     shown = most_changed(classes, change, MOST_CLASSES)
     note = _left_out(len(shown), len(classes), "classes whose accuracy changed most")
     models = [m for m in view.models if measured[m["name"]]]
-    title = text(f"Accuracy per class on {SET_NAMES.get(chosen, chosen)} data, %")
+    title = text(f"Accuracy per class on {_data(chosen)}, %")
     tables = []
     for part, caption in _columns(models, title):
         rows = []
@@ -561,9 +583,8 @@ def _attacks(view: View) -> str:
     if rows:
         head = ["model", "AUC", *(f"TPR, %<small>at {_rate(r)} FPR</small>" for r in rates)]
         body += _table("Membership attacks by model", head, rows) + _within_note(view, "attacks")
-    svc = _compared(
-        view, "SVC confidence attack: forgotten samples taken for members, %", lambda m: m.get("svc"), PERCENT1
-    )
+    title = "SVC confidence attack: forgotten samples taken for members, %"
+    svc = _compared(view, title, lambda m: m.get("svc"), PERCENT1, 4.0, (0, 100))
     return body + (_grid([svc]) if svc else "")
 
 
