@@ -428,7 +428,7 @@ def test_loader_moves_batches_to_the_device() -> None:
 @pytest.mark.parametrize(
     ("indices", "size", "message"),
     [
-        ([], 1, "no samples of numbered"),
+        ([], 1, "no samples of 'numbered'"),
         ([0, 23], 1, "index 23 is outside the 23"),
         ([-1], 1, "index -1"),
         ([0], 0, "got 0"),
@@ -498,3 +498,15 @@ def test_data_options_survive_json() -> None:
 
     options = DataOptions(columns=("a", "b"), image_size=(4, 5), mean=(0.5, 0.25, 1), std=2, id="k")
     assert DataOptions.from_dict(json.loads(json.dumps(asdict(options)))) == options
+
+
+def test_names_with_odd_but_harmless_characters_are_ids(tmp_path: Path) -> None:
+    for name in ("at 1.00\u202fPM.png", " spaces .png", "Grüße 猫.png"):
+        (tmp_path / "images" / "a b").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "a b" / name).write_bytes(png(IMAGES[0]))
+    samples = open_samples(str(tmp_path / "images"))
+    (tmp_path / "ids.txt").write_text(
+        "a b/ spaces .png\na b/at 1.00\u202fPM.png\r\n  a b/Grüße 猫.png\n", encoding="utf-8"
+    )
+    assert select(samples, f"id:{tmp_path / 'ids.txt'}").tolist() == [0, 1, 2]
+    assert len(samples.digest()) == 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import re
 import struct
 import tarfile
@@ -318,6 +319,20 @@ def test_a_broken_header_within_a_tar_is_not_taken_for_its_end(tmp_path: Path) -
     content[1024 + 3] ^= 1  # in the name, which the check sum of the header covers
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"a header is broken"):
+        open_samples(str(path))
+
+
+def test_headers_and_what_follows_the_end_count_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.tar.xz"
+    tar(path, *(special(f"a/{n}", tarfile.DIRTYPE) for n in range(60)))
+    assert len(open_samples(str(path))) == 1
+    monkeypatch.setattr("fastunlearn.inputs.images.UNPACKED", 1 << 13)
+    with pytest.raises(ValueError, match=r"unpacks to more than 8,192 bytes"):
+        open_samples(str(path))
+    tar(path)
+    assert len(open_samples(str(path))) == 1
+    path.write_bytes(path.read_bytes() + lzma.compress(bytes(1 << 22)))
+    with pytest.raises(ValueError, match=r"unpacks to more than 8,192 bytes"):
         open_samples(str(path))
 
 

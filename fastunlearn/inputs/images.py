@@ -11,6 +11,7 @@ import re
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fastunlearn.inputs import arrays, places
 from fastunlearn.inputs.options import DataOptions
-from fastunlearn.inputs.samples import Reading, Samples
+from fastunlearn.inputs.samples import OF_COLUMNS, Reading, Samples, refuse
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELD = 2 << 30  # bytes of decoded images that are kept; beyond, they are decoded when asked for
@@ -35,7 +36,7 @@ MEMBER = 256 << 20  # bytes of one member of an archive
 _LITTER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders of pictures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """Images [n, C, H, W] that are decoded whenever they are asked for."""
 
@@ -215,14 +216,15 @@ def _pillow() -> Any:
 def _of_classes(
     reading: Reading, files: Sequence[str], folders: Sequence[str], read: Callable[[str], bytes]
 ) -> Samples:
+    refuse(reading, (*OF_COLUMNS, "text_length"), "is not for folders of images")
     where = repr(reading.spec)
     found = sorted(folder for folder in folders if "/" not in folder)
     if not found:
         raise ValueError(f"{where} has no class folders; expected one folder of images per class")
     chosen = []
     for name in files:
-        if not name.isprintable():
-            raise ValueError(f"{where}: the file name {name!r} has characters that can not be printed")
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+            raise ValueError(f"{where}: the file name {name!r} has control characters or is no Unicode")
         if "/" not in name:
             if _is_image(name):
                 raise ValueError(f"{where}: the image {name!r} lies outside the class folders")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastunlearn.inputs import arrays, images, places
-from fastunlearn.inputs.samples import Reading, Samples, assembled
+from fastunlearn.inputs.samples import Reading, Samples, assembled, refuse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapped:
     """Inputs [n, ...] that are asked of a data set again whenever they are needed."""
 
@@ -49,6 +49,7 @@ def open_mapped(reading: Reading, dataset: Any) -> Samples:
     first = _item(dataset, 0, reading.spec)
     if isinstance(first, Mapping):
         return _of_dicts(reading, dataset, count)
+    refuse(reading, ("text_length",), "is for text")
     pairs = Pairs(dataset, reading)
     one, _ = pairs(0)
     keep = one.numel() * one.element_size() * count <= images.HELD

@@ -17,8 +17,8 @@ import torch
 
 from fastunlearn.data import IGNORED
 from fastunlearn.inputs import arrays, places
-from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES, DataOptions
-from fastunlearn.inputs.samples import Reading, Samples, assembled, found, listed
+from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES
+from fastunlearn.inputs.samples import OF_NUMBERS, Reading, Samples, assembled, found, listed, refuse
 
 _MISSING = ("", "nan", "NaN")  # cells of a CSV file; "NA" and "None" may well be names
 
@@ -69,11 +69,13 @@ def open_hugging_face(reading: Reading) -> Samples:
     return _from_columns(replace(reading, classes=classes), {**columns, y: labels})
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, options: DataOptions, where: str) -> arrays.Named:
+def tokenized(texts: Sequence[str], reading: Reading, where: str) -> arrays.Named:
     """``input_ids`` and ``attention_mask`` int64 [n, T], T the ``text_length`` or the longest text's.
 
     Raises ValueError naming ``where`` without a tokenizer or padding token, and for the first text without a token.
     """
+    refuse(reading, OF_NUMBERS, "is not for text")
+    tokenizer, options = reading.tokenizer, reading.options
     if tokenizer is None:
         raise ValueError(f"{where} is text, which needs a tokenizer: name the folder of a Hugging Face model")
     if tokenizer.pad_token is None:
@@ -182,7 +184,7 @@ def _next_tokens(reading: Reading, texts: Any, ids: list[str] | None, where: str
     """Texts that are their own targets, for causal language models: padding is labelled -100. All are of class 0."""
     if not arrays.is_text(texts):
         raise ValueError(f"{where} is named as inputs and as targets, which only text can be")
-    kept = tokenized(texts, reading.tokenizer, reading.options, where)
+    kept = tokenized(texts, reading, where)
     tokens, mask = kept.values["input_ids"], kept.values["attention_mask"]
     named = replace(kept, values={**kept.values, "labels": tokens.masked_fill(mask == 0, IGNORED)})
     return Samples(
@@ -255,7 +257,10 @@ def _column(cells: Any, where: str) -> Any:
 
 
 def _require_texts(cells: Sequence[str], where: str) -> None:
-    """A CSV file has no types: numbers and names in one column arrive as texts."""
+    """Half of a surrogate pair is no text, and a CSV file has no types: numbers and names may arrive as texts."""
+    for row, cell in enumerate(cells):
+        if any("\ud800" <= character <= "\udfff" for character in cell):
+            raise ValueError(f"{where}: row {row} is {cell[:40]!r}, which is no Unicode text")
     numeric = [_is_number(cell) for cell in cells]
     if any(numeric) and not all(numeric):
         number, name = numeric.index(True), numeric.index(False)
@@ -318,6 +323,7 @@ def _open_encoded(reading: Reading, data: Any, x: str) -> Samples:
     from fastunlearn.inputs import images
 
     spec, options = reading.spec, reading.options
+    refuse(reading, ("columns", "text_length"), "is not for images")
     with places.blaming(f"{spec!r}: datasets"):
         table = data.remove_columns([x]).with_format("arrow")[:]
     columns = {name: _column(_of_arrow(table[name], _at(spec, name)), _at(spec, name)) for name in table.column_names}
