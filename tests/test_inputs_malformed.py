@@ -115,6 +115,19 @@ def hugging_face(split: str | None = None, **columns: Any) -> Callable[[Path], s
     return write
 
 
+def hugging_images(*contents: bytes | None) -> Callable[[Path], str]:
+    def write(root: Path) -> str:
+        import datasets
+
+        features = datasets.Features({"a": datasets.Image(), "y": datasets.Value("int64")})
+        cells = [content and {"bytes": content, "path": None} for content in contents]
+        rows = {"a": cells, "y": [0] * len(cells)}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(root / "set"))
+        return str(root / "set")
+
+    return write
+
+
 def changed(write: Callable[[Path], str], change: Callable[[bytes], bytes]) -> Callable[[Path], str]:
     def written(root: Path) -> str:
         spec = write(root)
@@ -202,6 +215,10 @@ CASES = [
     Case("named inputs of several lengths",
          code("def data(): return {'a': torch.ones(3), 'b': torch.ones(2)}, [0] * 3"),
          ("code.py", "'b' has 2", "'a' has 3")),
+    Case("labels among the inputs", code("def data(): return {'labels': torch.ones(1)}, [0]"), ("code.py", "'labels'")),
+    Case("an image of 32 bits", code("from PIL import Image\nclass data:\n  def __len__(self): return 1\n"
+                                     "  def __getitem__(self, i): return Image.new('F', (4, 4)), 0"),
+         ("code.py:data", "sample 0", "32 bits")),
     Case("no named inputs", code("def data(): return {}, [0]"), ("code.py", "empty")),
     # Targets
     Case("targets between whole numbers", npz(x=X, y=[0, 1, 1.5, 2.5]), ("data.npz': 'y'", "row 2 is 1.5")),
@@ -289,8 +306,10 @@ CASES = [
     Case("a folder the archive lacks", within(one_image("d.zip", "top/a/1.png"), "train"),
          ("d.zip::train", "no folder 'train'", "its folders: top")),
     Case("a way out of an archive", one_image("d.zip", "../a/1.png"), ("d.zip", "'../a/1.png'", "'..'")),
-    Case("an image missing in a hf set", hugging_face(a=["x", None], y=[0, 1]),
-         ("set", "column 'a'", "row 1 is missing")),
+    Case("a missing text", hugging_face(a=["x", None], y=[0, 1]), ("set", "column 'a'", "row 1 is missing"),
+         DataOptions(inputs="a")),
+    Case("an image missing in a hf set", hugging_images(png(), None), ("set", "column 'a'", "row 1 is missing")),
+    Case("an image broken in a hf set", hugging_images(png(), png()[:50]), ("set", "the image '1'", "can not be read")),
     # Code
     Case("code that raises", code("def data(): raise KeyError('a\\nb')"), ("code.py:data", "raised KeyError")),
     Case("code that can not be imported", code("1 / 0\ndef data(): pass"), ("code.py", "raised ZeroDivisionError")),

@@ -148,8 +148,9 @@ def held(value: Any, options: DataOptions, where: str) -> Held:
         values = values.unsqueeze(1)
     if values.dim() == 4 and values.shape[1] not in (1, 3) and values.shape[3] in (1, 3):
         values = values.permute(0, 3, 1, 2).contiguous()
-    values = _as_asked(values, options, where)
-    return Held(values, scaling(options, values.shape[1:], values.dtype, where))
+    asked = _as_asked(values, options, where)
+    known = None if asked is values else tuple(hashes_of_rows(values))
+    return Held(asked, scaling(options, asked.shape[1:], asked.dtype, where), known)
 
 
 def require_finite(values: Tensor, where: str) -> None:

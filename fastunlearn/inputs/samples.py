@@ -73,8 +73,8 @@ class Samples:
     def digest(self) -> str:
         """SHA-256 in hexadecimal of the ids, labels, names of the classes and inputs, as they came.
 
-        It does not depend on times, on ``options``, nor on whether images lie in a folder or in an archive. The first
-        call reads everything once.
+        It does not depend on times, on ``options``, nor on whether images lie in a folder or in an archive; only of
+        the Pillow images that a Dataset makes, it takes what they were turned into. The first call may read all again.
         """
         return self._digest
 
@@ -204,6 +204,8 @@ def assembled(
     kept: arrays.Inputs
     if isinstance(inputs, Mapping):
         refuse(reading, (*OF_NUMBERS, "text_length"), "is not for inputs by name")
+        if "labels" in inputs:
+            raise ValueError(f"{inputs_at}: 'labels' are no input; {targets_at} are what labels are taken from")
         kept = arrays.named(inputs, inputs_at)
     elif arrays.is_text(inputs):
         from fastunlearn.inputs.tables import tokenized
