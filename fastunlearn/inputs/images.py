@@ -72,18 +72,7 @@ def open_folder(reading: Reading) -> Samples:
     if reading.inner:
         raise ValueError(f"{reading.spec!r}: write {str(reading.path / reading.inner)!r} for a folder within a folder")
     root = reading.path
-    files, folders = [], []
-    for place, inner, names in os.walk(root, followlinks=True):
-        above = Path(place).resolve()
-        inner[:] = [name for name in inner if not _hidden(name)]
-        for name in inner:
-            if above.is_relative_to((Path(place) / name).resolve()):
-                raise ValueError(
-                    f"{reading.spec!r}: the link {os.path.join(place, name)!r} leads back to a folder above it"
-                )
-        within = Path(place).relative_to(root)
-        folders += [(within / name).as_posix() for name in inner]
-        files += [(within / name).as_posix() for name in names if not _hidden(name)]
+    files, folders = _listed(root, reading.spec)
 
     def read(name: str) -> bytes:
         try:
@@ -92,6 +81,29 @@ def open_folder(reading: Reading) -> Samples:
             raise OSError(f"{reading.spec!r}: the image {name!r} can not be read: {places.one_line(error)}") from error
 
     return _of_classes(reading, files, folders, read)
+
+
+def _listed(root: Path, spec: str) -> tuple[list[str], list[str]]:
+    """What is not hidden below ``root``, links followed: files and folders by their paths within it."""
+
+    def unreadable(error: OSError) -> None:
+        raise OSError(f"{spec!r}: the folder {error.filename!r} can not be read: {places.one_line(error)}") from error
+
+    files, folders = [], []
+    above: dict[str, tuple[Path, ...]] = {
+        str(root): (root.resolve(),)
+    }  # of every folder: itself and those it was reached through
+    for place, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
+        inner[:] = [name for name in inner if not _hidden(name)]
+        for path in (os.path.join(place, name) for name in inner):
+            target = Path(path).resolve()
+            if target in above[place]:
+                raise ValueError(f"{spec!r}: the link {path!r} leads back to a folder above it")
+            above[path] = (*above[place], target)
+        within = Path(place).relative_to(root)
+        folders += [(within / name).as_posix() for name in inner]
+        files += [(within / name).as_posix() for name in names if not _hidden(name)]
+    return files, folders
 
 
 def open_archive(reading: Reading) -> Samples:
