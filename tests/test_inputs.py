@@ -121,6 +121,10 @@ class Pictures(torch.utils.data.Dataset):
         return len(x)
     def __getitem__(self, index):
         return Image.fromarray(x[index].permute(1, 2, 0).numpy()), int(y[index])
+
+class Arrays(Pictures):
+    def __getitem__(self, index):
+        return x[index].permute(1, 2, 0).numpy(), y[index]
 """
 
 
@@ -144,6 +148,7 @@ WRITERS: dict[str, Callable[[Path], str]] = {
     "Hugging Face, arrays of a split": lambda root: write_hugging_face(root, False, "train"),
     "function, tensors": lambda root: write_code(root, "tensors"),
     "function, channels last": lambda root: write_code(root, "channels_last"),
+    "function, Dataset of arrays": lambda root: write_code(root, "Arrays"),
     "function, Dataset": lambda root: write_code(root, "Pictures"),
 }
 
@@ -278,11 +283,12 @@ def test_named_inputs_become_dict_batches(tmp_path: Path) -> None:
 
 
 def test_a_data_set_too_large_to_keep_is_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [write_folder(tmp_path), write_code(tmp_path, "Pictures")]
+    specs = [write_folder(tmp_path), write_code(tmp_path, "Pictures"), write_code(tmp_path, "Arrays")]
     kept = [open_samples(spec) for spec in specs]
     monkeypatch.setattr("fastunlearn.inputs.images.HELD", IMAGES.nbytes - 1)
     for samples, spec in zip(kept, specs, strict=True):
         lazy = open_samples(spec)
+        assert lazy.labels.tolist() == LABELS.tolist() and lazy.classes == CLASSES
         assert type(lazy.inputs) is not type(samples.inputs)
         assert torch.equal(lazy.batch(ALL)[0], samples.batch(ALL)[0])
         assert lazy.digest() == samples.digest()
@@ -428,7 +434,7 @@ def test_loader_moves_batches_to_the_device() -> None:
 @pytest.mark.parametrize(
     ("indices", "size", "message"),
     [
-        ([], 1, "no samples of numbered"),
+        ([], 1, "no samples of 'numbered'"),
         ([0, 23], 1, "index 23 is outside the 23"),
         ([-1], 1, "index -1"),
         ([0], 0, "got 0"),
@@ -498,3 +504,41 @@ def test_data_options_survive_json() -> None:
 
     options = DataOptions(columns=("a", "b"), image_size=(4, 5), mean=(0.5, 0.25, 1), std=2, id="k")
     assert DataOptions.from_dict(json.loads(json.dumps(asdict(options)))) == options
+
+
+def test_names_with_odd_but_harmless_characters_are_ids(tmp_path: Path) -> None:
+    for name in ("at 1.00\u202fPM.png", " spaces .png", "Grüße 猫.png"):
+        (tmp_path / "images" / "a b").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "a b" / name).write_bytes(png(IMAGES[0]))
+    samples = open_samples(str(tmp_path / "images"))
+    (tmp_path / "ids.txt").write_text(
+        "a b/ spaces .png\na b/at 1.00\u202fPM.png\r\n  a b/Grüße 猫.png\n", encoding="utf-8"
+    )
+    assert select(samples, f"id:{tmp_path / 'ids.txt'}").tolist() == [0, 1, 2]
+    assert len(samples.digest()) == 64
+
+
+def test_csv_cells_that_look_like_numbers_stay_ids(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("k,a,y\n007,1,0\na1,2,1\n7,3,1\n")
+    assert open_samples(str(tmp_path / "t.csv"), options=DataOptions(id="k")).ids == ["007", "a1", "7"]
+
+
+def test_typed_text_may_look_like_a_number(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"a": 1, "y": "cat"}\n{"a": 2, "y": "3"}\n')
+    assert open_samples(str(tmp_path / "t.jsonl")).classes == ["3", "cat"]
+
+
+def test_columns_beside_the_chosen_ones_may_be_anything(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("note,a,y\n5,1,0\nfine,2,1\n,3,1\n")
+    with pytest.raises(ValueError, match="column 'note': row 0 is the number 5, row 1 is 'fine'"):
+        open_samples(str(tmp_path / "t.csv"))
+    samples = open_samples(str(tmp_path / "t.csv"), options=DataOptions(columns=("a",)))
+    assert samples.batch(torch.arange(3))[0].tolist() == [[1.0], [2.0], [3.0]]
+    (tmp_path / "t.csv").write_text("note,a,y\n,1,0\nfine,2,1\n,3,1\n")  # a hole where nothing is read
+    assert open_samples(str(tmp_path / "t.csv")).signature()["shape"] == [1]
+
+
+def test_digest_of_arrays_does_not_depend_on_how_they_are_converted(tmp_path: Path) -> None:
+    spec = write_npz(tmp_path)
+    plain = open_samples(spec)
+    assert open_samples(spec, options=DataOptions(image_size=9, channels=1, scale=2, std=3)).digest() == plain.digest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import lzma
+import os
 import re
 import struct
 import tarfile
@@ -148,6 +150,33 @@ def test_links_within_a_folder_are_followed_but_not_in_circles(tmp_path: Path) -
     (Path(spec) / "a" / "up").symlink_to(spec)
     with pytest.raises(ValueError, match=r"the link .*up' leads back"):
         open_samples(spec)
+    (Path(spec) / "a" / "up").unlink()
+    (Path(spec) / "a" / "across").symlink_to(Path(spec) / "b")
+    (tmp_path / "elsewhere" / "back").symlink_to(Path(spec) / "a")
+    with pytest.raises(ValueError, match=r"the link .* leads back"):
+        open_samples(spec)
+
+
+def test_a_folder_that_can_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = folder(tmp_path, {"a/1.png": encoded(Image.fromarray(RGB)), "a/b/2.png": b""})
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(OSError, match=r"the folder '.*/a/b' can not be read: PermissionError"):
+        open_samples(spec)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    spec = folder(tmp_path, {"a/1.png": encoded(Image.fromarray(RGB))})
+    (Path(spec) / "a" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(OSError, match=r"the image 'a/2.png' can not be read: FileNotFoundError") as raised:
+        open_samples(spec)
+    assert "\n" not in str(raised.value)
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -318,6 +347,20 @@ def test_a_broken_header_within_a_tar_is_not_taken_for_its_end(tmp_path: Path) -
     content[1024 + 3] ^= 1  # in the name, which the check sum of the header covers
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"a header is broken"):
+        open_samples(str(path))
+
+
+def test_headers_and_what_follows_the_end_count_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.tar.xz"
+    tar(path, *(special(f"a/{n}", tarfile.DIRTYPE) for n in range(60)))
+    assert len(open_samples(str(path))) == 1
+    monkeypatch.setattr("fastunlearn.inputs.images.UNPACKED", 1 << 13)
+    with pytest.raises(ValueError, match=r"unpacks to more than 8,192 bytes"):
+        open_samples(str(path))
+    tar(path)
+    assert len(open_samples(str(path))) == 1
+    path.write_bytes(path.read_bytes() + lzma.compress(bytes(1 << 22)))
+    with pytest.raises(ValueError, match=r"unpacks to more than 8,192 bytes"):
         open_samples(str(path))
 
 

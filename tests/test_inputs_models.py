@@ -333,6 +333,12 @@ def test_texts_longer_than_the_model_takes_are_cut(folders: dict[str, Path], tmp
     ] == [16]
 
 
+def test_a_text_of_a_csv_file_may_be_a_number(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,y\n7,0\nthe cat,1\n")
+    samples = open_samples(str(tmp_path / "t.csv"), tokenizer=tokenizer_of(str(folders["text"])))
+    assert samples.batch(torch.arange(2))["input_ids"].tolist() == [[1, 0], [2, 4]]
+
+
 def test_the_digest_of_texts_sees_words_the_tokenizer_does_not_know(folders: dict[str, Path], tmp_path: Path) -> None:
     words = tokenizer_of(str(folders["text"]))
     before = open_samples(texts(tmp_path), tokenizer=words)

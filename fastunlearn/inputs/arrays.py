@@ -60,7 +60,7 @@ def scaling(options: DataOptions, shape: Sequence[int], dtype: torch.dtype, wher
     return Scaling(options.scale or (255.0 if dtype == torch.uint8 else None), mean, std)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """Inputs [n, ...] in memory, in the type they came in."""
 
@@ -78,7 +78,7 @@ class Held:
         return iter(self.known) if self.known is not None else hashes_of_rows(self.values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Named:
     """Named inputs, each [n, ...] in memory, given to the model by name; integers and floats stay what they are."""
 
@@ -130,7 +130,7 @@ def as_tensor(value: Any, where: str) -> Tensor:
     wider = {np.dtype("u2"): np.int32, np.dtype("u4"): np.int64, np.dtype("u8"): np.int64}
     native = array.dtype.newbyteorder("=")
     target = wider.get(native, np.float64 if kind == "f" and native.itemsize > 8 else native)
-    return torch.from_numpy(np.array(array, dtype=target, order="C"))
+    return torch.from_numpy(np.require(array, target, ["C", "W"]))
 
 
 def held(value: Any, options: DataOptions, where: str) -> Held:
@@ -148,8 +148,9 @@ def held(value: Any, options: DataOptions, where: str) -> Held:
         values = values.unsqueeze(1)
     if values.dim() == 4 and values.shape[1] not in (1, 3) and values.shape[3] in (1, 3):
         values = values.permute(0, 3, 1, 2).contiguous()
-    values = _as_asked(values, options, where)
-    return Held(values, scaling(options, values.shape[1:], values.dtype, where))
+    asked = _as_asked(values, options, where)
+    known = None if asked is values else tuple(hashes_of_rows(values))
+    return Held(asked, scaling(options, asked.shape[1:], asked.dtype, where), known)
 
 
 def require_finite(values: Tensor, where: str) -> None:

@@ -11,6 +11,7 @@ import re
 import stat
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fastunlearn.inputs import arrays, places
 from fastunlearn.inputs.options import DataOptions
-from fastunlearn.inputs.samples import Reading, Samples
+from fastunlearn.inputs.samples import OF_COLUMNS, Reading, Samples, refuse
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELD = 2 << 30  # bytes of decoded images that are kept; beyond, they are decoded when asked for
@@ -35,7 +36,7 @@ MEMBER = 256 << 20  # bytes of one member of an archive
 _LITTER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders of pictures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """Images [n, C, H, W] that are decoded whenever they are asked for."""
 
@@ -71,18 +72,7 @@ def open_folder(reading: Reading) -> Samples:
     if reading.inner:
         raise ValueError(f"{reading.spec!r}: write {str(reading.path / reading.inner)!r} for a folder within a folder")
     root = reading.path
-    files, folders = [], []
-    for place, inner, names in os.walk(root, followlinks=True):
-        above = Path(place).resolve()
-        inner[:] = [name for name in inner if not _hidden(name)]
-        for name in inner:
-            if above.is_relative_to((Path(place) / name).resolve()):
-                raise ValueError(
-                    f"{reading.spec!r}: the link {os.path.join(place, name)!r} leads back to a folder above it"
-                )
-        within = Path(place).relative_to(root)
-        folders += [(within / name).as_posix() for name in inner]
-        files += [(within / name).as_posix() for name in names if not _hidden(name)]
+    files, folders = _listed(root, reading.spec)
 
     def read(name: str) -> bytes:
         try:
@@ -91,6 +81,29 @@ def open_folder(reading: Reading) -> Samples:
             raise OSError(f"{reading.spec!r}: the image {name!r} can not be read: {places.one_line(error)}") from error
 
     return _of_classes(reading, files, folders, read)
+
+
+def _listed(root: Path, spec: str) -> tuple[list[str], list[str]]:
+    """What is not hidden below ``root``, links followed: files and folders by their paths within it."""
+
+    def unreadable(error: OSError) -> None:
+        raise OSError(f"{spec!r}: the folder {error.filename!r} can not be read: {places.one_line(error)}") from error
+
+    files, folders = [], []
+    above: dict[str, tuple[Path, ...]] = {
+        str(root): (root.resolve(),)
+    }  # of every folder: itself and those it was reached through
+    for place, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
+        inner[:] = [name for name in inner if not _hidden(name)]
+        for path in (os.path.join(place, name) for name in inner):
+            target = Path(path).resolve()
+            if target in above[place]:
+                raise ValueError(f"{spec!r}: the link {path!r} leads back to a folder above it")
+            above[path] = (*above[place], target)
+        within = Path(place).relative_to(root)
+        folders += [(within / name).as_posix() for name in inner]
+        files += [(within / name).as_posix() for name in names if not _hidden(name)]
+    return files, folders
 
 
 def open_archive(reading: Reading) -> Samples:
@@ -215,14 +228,15 @@ def _pillow() -> Any:
 def _of_classes(
     reading: Reading, files: Sequence[str], folders: Sequence[str], read: Callable[[str], bytes]
 ) -> Samples:
+    refuse(reading, (*OF_COLUMNS, "text_length"), "is not for folders of images")
     where = repr(reading.spec)
     found = sorted(folder for folder in folders if "/" not in folder)
     if not found:
         raise ValueError(f"{where} has no class folders; expected one folder of images per class")
     chosen = []
     for name in files:
-        if not name.isprintable():
-            raise ValueError(f"{where}: the file name {name!r} has characters that can not be printed")
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+            raise ValueError(f"{where}: the file name {name!r} has control characters or is no Unicode")
         if "/" not in name:
             if _is_image(name):
                 raise ValueError(f"{where}: the image {name!r} lies outside the class folders")

@@ -11,33 +11,37 @@ import torch
 from torch import Tensor
 
 from fastunlearn.inputs import arrays, images, places
-from fastunlearn.inputs.samples import Reading, Samples, assembled
+from fastunlearn.inputs.options import DataOptions
+from fastunlearn.inputs.samples import Reading, Samples, assembled, refuse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapped:
     """Inputs [n, ...] that are asked of a data set again whenever they are needed."""
 
     read: Callable[[int], tuple[Tensor, Any]]
     count: int
-    scaling: arrays.Scaling
+    options: DataOptions
+    where: str
 
     def __len__(self) -> int:
         return self.count
 
     def take(self, indices: Tensor) -> Tensor:
-        return self.scaling(torch.stack([self.read(index)[0] for index in indices.tolist()]))
+        return self._held(indices.tolist()).take(torch.arange(len(indices)))
 
     def hashes(self) -> Iterator[bytes]:
-        for index in range(self.count):
-            yield from arrays.hashes_of_rows(self.read(index)[0].unsqueeze(0))
+        return (digest for index in range(self.count) for digest in self._held([index]).hashes())
+
+    def _held(self, indices: Sequence[int]) -> arrays.Held:
+        return arrays.held(torch.stack([self.read(index)[0] for index in indices]), self.options, self.where)
 
 
 def open_mapped(reading: Reading, dataset: Any) -> Samples:
     """Samples from a map-style torch Dataset of (input, label) pairs or of dicts with ``labels``.
 
-    Every sample is read once; the inputs are kept where they fit into ``images.HELD`` bytes, so that a data set which
-    augments at random gives what it gave then. Beyond, and for no other reason, they are asked for again. Pillow
+    All samples are read at once; the inputs are kept where they fit into ``images.HELD`` bytes, so that a data set
+    which augments at random gives what it gave then. Beyond, and for no other reason, they are asked for again. Pillow
     images become uint8 [C, H, W]. Names of classes are taken from an attribute ``classes``, as torchvision has it.
     Raises ValueError naming ``spec`` and the first sample that raises or differs from the first in shape or type.
     """
@@ -49,6 +53,7 @@ def open_mapped(reading: Reading, dataset: Any) -> Samples:
     first = _item(dataset, 0, reading.spec)
     if isinstance(first, Mapping):
         return _of_dicts(reading, dataset, count)
+    refuse(reading, ("text_length",), "is for text")
     pairs = Pairs(dataset, reading)
     one, _ = pairs(0)
     keep = one.numel() * one.element_size() * count <= images.HELD
@@ -63,16 +68,15 @@ def open_mapped(reading: Reading, dataset: Any) -> Samples:
         if keep:
             kept.append(values)
         else:
-            arrays.require_finite(values.unsqueeze(0), f"{where}: sample {index}")
+            arrays.held(values.unsqueeze(0), reading.options, f"{where}: sample {index}")
         labels.append(label)
     targets, classes = _labels(reading, dataset, labels)
     at = f"{where}: the inputs"
     if keep:
-        return Samples(
-            arrays.held(torch.stack(kept), reading.options, at), targets, arrays.rows(count), classes, reading.spec
-        )
-    scaling = arrays.scaling(reading.options, one.shape, one.dtype, at)
-    return Samples(Mapped(pairs, count, scaling), targets, arrays.rows(count), classes, reading.spec)
+        inputs: arrays.Inputs = arrays.held(torch.stack(kept), reading.options, at)
+    else:
+        inputs = Mapped(pairs, count, reading.options, at)
+    return Samples(inputs, targets, arrays.rows(count), classes, reading.spec)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Pairs:
             raise ValueError(f"{where} is a {type(item).__name__}, expected a pair (input, label)")
         value, label = item
         if hasattr(value, "mode") and hasattr(value, "convert"):  # a Pillow image, without importing Pillow
-            return images.from_image(value, self.reading.options), label
+            with places.blaming(f"{where}: its conversion"):
+                return images.from_image(value, self.reading.options), label
         return arrays.as_tensor(value, where), label
 
 

@@ -20,7 +20,7 @@ from fastunlearn.inputs import arrays, places
 from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES, DataOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """n samples, the same whenever they are asked for.
 
@@ -40,14 +40,14 @@ class Samples:
     def __post_init__(self) -> None:
         if not len(self.inputs) == len(self.labels) == len(self.ids):
             raise ValueError(
-                f"{self.source}: {len(self.inputs)} inputs, {len(self.labels)} targets and {len(self.ids)} ids; "
+                f"{self.source!r}: {len(self.inputs)} inputs, {len(self.labels)} targets and {len(self.ids)} ids; "
                 "expected as many of each"
             )
         if not self.ids:
-            raise ValueError(f"{self.source} is empty: it has no sample")
+            raise ValueError(f"{self.source!r} is empty: it has no sample")
         if len(set(self.ids)) < len(self.ids):
             twice = next(name for name, times in Counter(self.ids).items() if times > 1)
-            raise ValueError(f"{self.source}: the id {twice!r} is there twice; ids must tell samples apart")
+            raise ValueError(f"{self.source!r}: the id {twice!r} is there twice; ids must tell samples apart")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,8 +73,8 @@ class Samples:
     def digest(self) -> str:
         """SHA-256 in hexadecimal of the ids, labels, names of the classes and inputs, as they came.
 
-        It does not depend on times, on ``options``, nor on whether images lie in a folder or in an archive. The first
-        call reads everything once.
+        It does not depend on times, on ``options``, nor on whether images lie in a folder or in an archive; only of
+        the Pillow images that a Dataset makes, it takes what they were turned into. The first call may read all again.
         """
         return self._digest
 
@@ -88,7 +88,7 @@ class Samples:
         return digest.hexdigest()
 
 
-@dataclass
+@dataclass(eq=False)
 class Loader:
     """Batches of the samples of ``indices`` (int64 [m]), as torch's DataLoader yields them in one process.
 
@@ -111,11 +111,11 @@ class Loader:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
         self.indices = torch.as_tensor(self.indices, dtype=torch.int64).cpu()
         if not len(self.indices):
-            raise ValueError(f"no samples of {self.samples.source} were chosen to be loaded")
+            raise ValueError(f"no samples of {self.samples.source!r} were chosen to be loaded")
         low, high = int(self.indices.min()), int(self.indices.max())
         if low < 0 or high >= len(self.samples):
             wrong = low if low < 0 else high
-            raise ValueError(f"index {wrong} is outside the {len(self.samples)} samples of {self.samples.source}")
+            raise ValueError(f"index {wrong} is outside the {len(self.samples)} samples of {self.samples.source!r}")
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -161,6 +161,8 @@ def open_samples(
     return opener(Reading(spec, Path(path), inner, options, tokenizer, None if classes is None else list(classes)))
 
 
+OF_NUMBERS = ("image_size", "channels", "mean", "std", "scale")
+OF_COLUMNS = ("inputs", "targets", "columns", "id")
 KNOWN = (
     "known are a folder of class folders of images (also in .zip, .tar, .tar.gz, .tar.xz), .npz, .safetensors, .csv, "
     ".parquet, .jsonl, a Hugging Face datasets folder, package.module:function and file.py:function"
@@ -179,10 +181,11 @@ class Reading:
     classes: list[str] | None
 
 
-def from_parts(reading: Reading, parts: Mapping[str, Any], where: str | None = None) -> Samples:
+def from_parts(reading: Reading, parts: Mapping[str, Any]) -> Samples:
     """Samples from arrays by name: inputs, targets and ids are found by ``options`` or by the default names."""
-    where = where or reading.spec
+    where = repr(reading.spec)
     options = reading.options
+    refuse(reading, ("columns",), "is for tables")
     if reading.inner:
         raise ValueError(f"{reading.spec!r}: only archives and Hugging Face datasets have a part {reading.inner!r}")
     x = found(parts, options.inputs, INPUT_NAMES, "inputs", where)
@@ -200,16 +203,27 @@ def assembled(
     labels, classes = arrays.labels_from(targets, targets_at, reading.classes)
     kept: arrays.Inputs
     if isinstance(inputs, Mapping):
+        refuse(reading, (*OF_NUMBERS, "text_length"), "is not for inputs by name")
+        if "labels" in inputs:
+            raise ValueError(f"{inputs_at}: 'labels' are no input; {targets_at} are what labels are taken from")
         kept = arrays.named(inputs, inputs_at)
     elif arrays.is_text(inputs):
         from fastunlearn.inputs.tables import tokenized
 
-        kept = tokenized(list(inputs), reading.tokenizer, reading.options, inputs_at)
+        kept = tokenized(list(inputs), reading, inputs_at)
     else:
+        refuse(reading, ("text_length",), "is for text")
         kept = arrays.held(inputs, reading.options, inputs_at)
     if len(kept) != len(labels):
         raise ValueError(f"{inputs_at} has {len(kept)} samples, {targets_at} has {len(labels)}; expected as many")
     return Samples(kept, labels, ids or arrays.rows(len(labels)), classes, reading.spec)
+
+
+def refuse(reading: Reading, names: Sequence[str], reason: str) -> None:
+    """Raise ValueError for the first option of ``names`` that was given: it would be passed over in silence."""
+    for name in names:
+        if getattr(reading.options, name) is not None:
+            raise ValueError(f"{reading.spec!r}: the option {name} {reason}")
 
 
 def found(parts: Mapping[str, Any], asked: str | None, names: Sequence[str], option: str, where: str) -> str:
@@ -257,7 +271,7 @@ def _open_npz(reading: Reading) -> Samples:
         raise ValueError(f"{reading.spec!r} holds one array without a name, expected .npz with inputs and targets")
     with file:
         names = list(file.files)
-        parts = {name: _array(file, name, reading.spec) if _is_wanted(name, names, reading.options) else None
+        parts = {name: _array(file, name, repr(reading.spec)) if _is_wanted(name, names, reading.options) else None
                  for name in names}  # fmt: skip
     return from_parts(reading, parts)
 
@@ -297,13 +311,15 @@ def _from_code(spec: str, options: DataOptions, tokenizer: Any, classes: Sequenc
     function = places.find(spec)
     if not callable(function):
         raise ValueError(f"{spec!r} is a {type(function).__name__}, expected a function that returns the data")
+    reading = Reading(spec, Path(), "", options, tokenizer, None if classes is None else list(classes))
+    refuse(reading, OF_COLUMNS, "is for tables and arrays with names, not for a function")
     data = places.call(spec, function)
     if isinstance(data, Samples):
+        refuse(reading, (*OF_NUMBERS, "text_length"), "is for the function to apply: it returned Samples")
         return data
-    reading = Reading(spec, Path(), "", options, tokenizer, None if classes is None else list(classes))
-    if isinstance(data, (tuple, list)) and len(data) == 2:
-        return assembled(reading, data[0], data[1], None, f"{spec}: the inputs", f"{spec}: the targets")
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if isinstance(data, tuple) and len(data) == 2:
+        return assembled(reading, data[0], data[1], None, f"{spec!r}: the inputs", f"{spec!r}: the targets")
+    if not isinstance(data, (tuple, str)) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         from fastunlearn.inputs.mapped import open_mapped
 
         return open_mapped(reading, data)

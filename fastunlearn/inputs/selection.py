@@ -36,7 +36,7 @@ def select(samples: Samples, spec: str) -> Tensor:
         raise ValueError(f"{spec!r} is no selection of samples; write {FORMS}")
     chosen = choose(samples, rest, spec)
     if not chosen:
-        raise ValueError(f"{spec!r} selects none of the {len(samples)} samples of {samples.source}")
+        raise ValueError(f"{spec!r} selects none of the {len(samples)} samples of {samples.source!r}")
     return torch.tensor(sorted(chosen), dtype=torch.int64)
 
 
@@ -51,7 +51,7 @@ def _by_index(samples: Samples, path: str, spec: str) -> list[int]:
             raise ValueError(f"{spec!r}: the index {index} is negative; indices count from 0")
         if index >= len(samples):
             raise ValueError(
-                f"{spec!r}: the index {index} is out of range; {samples.source} has {len(samples)} samples"
+                f"{spec!r}: the index {index} is out of range; {samples.source!r} has {len(samples)} samples"
             )
     _require_distinct(indices, spec, "index")
     return indices
@@ -89,7 +89,7 @@ def _npy_indices(path: str, spec: str) -> list[int]:
 def _text_indices(path: str, spec: str) -> list[int]:
     numbers = []
     for line, text in _lines(path, spec):
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):
             raise ValueError(f"{spec!r}: line {line} is {_short(text)}, expected an integer")
         numbers.append(int(text))
     return numbers
@@ -100,8 +100,9 @@ def _by_id(samples: Samples, path: str, spec: str) -> list[int]:
     index = {name: number for number, name in enumerate(samples.ids)}
     chosen = []
     for line, name in _lines(path, spec):
+        name = name if name in index else name.strip()
         if name not in index:
-            raise ValueError(f"{spec!r}: line {line}, {_short(name)}, is the id of no sample of {samples.source}")
+            raise ValueError(f"{spec!r}: line {line}, {_short(name)}, is the id of no sample of {samples.source!r}")
         chosen.append(index[name])
     _require_distinct(chosen, spec, "id", samples.ids)
     return chosen
@@ -114,7 +115,7 @@ def _by_class(samples: Samples, names: str, spec: str) -> list[int]:
     numbers = [_class_number(samples, name, spec) for name in wanted]
     for name, number in zip(wanted, numbers, strict=True):
         if not (samples.labels == number).any():
-            raise ValueError(f"{spec!r}: the class {name!r} has no sample in {samples.source}")
+            raise ValueError(f"{spec!r}: the class {name!r} has no sample in {samples.source!r}")
     return torch.isin(samples.labels, torch.tensor(numbers)).nonzero().flatten().tolist()
 
 
@@ -126,7 +127,7 @@ def _class_number(samples: Samples, name: str, spec: str) -> int:
     number = int(name) if re.fullmatch(r"[0-9]{1,9}", name) else None
     if number is None or (number >= len(classes) if classes is not None else str(number) not in present):
         known = ", ".join(present[:10]) + (f" and {len(present) - 10} more" if len(present) > 10 else "")
-        raise ValueError(f"{spec!r}: {samples.source} has no class {name!r}; known: {known}")
+        raise ValueError(f"{spec!r}: {samples.source!r} has no class {name!r}; known: {known}")
     return number
 
 
@@ -166,7 +167,7 @@ def _lines(path: str, spec: str) -> list[tuple[int, str]]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{spec!r} is not UTF-8 text: {places.one_line(error)}") from error
-    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _require_distinct(indices: Sequence[int], spec: str, what: str, names: Sequence[Any] | None = None) -> None:

@@ -17,8 +17,8 @@ import torch
 
 from fastunlearn.data import IGNORED
 from fastunlearn.inputs import arrays, places
-from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES, DataOptions
-from fastunlearn.inputs.samples import Reading, Samples, assembled, found, listed
+from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES
+from fastunlearn.inputs.samples import OF_NUMBERS, Reading, Samples, assembled, found, listed, refuse
 
 _MISSING = ("", "nan", "NaN")  # cells of a CSV file; "NA" and "None" may well be names
 
@@ -32,8 +32,10 @@ def open_table(reading: Reading) -> Samples:
     """
     if reading.inner:
         raise ValueError(f"{reading.spec!r}: a table has no part {reading.inner!r}")
-    readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    return _from_columns(reading, readers[reading.path.suffix.lower()](reading.path, reading.spec))
+    ending = reading.path.suffix.lower()
+    if ending == ".csv":
+        return _from_columns(reading, _read_csv(reading))
+    return _from_columns(reading, (_read_jsonl if ending == ".jsonl" else _read_parquet)(reading.path, reading.spec))
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -61,7 +63,7 @@ def open_hugging_face(reading: Reading) -> Samples:
     images = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
     x = reading.options.inputs or (images[0] if len(images) == 1 else None)
     if x is not None and x in images:
-        return _open_encoded(reading, data.cast_column(x, datasets.Image(decode=False)), x)
+        return _open_encoded(reading, data.cast_column(x, datasets.Image(decode=False)), x, images)
     with places.blaming(f"{reading.spec!r}: datasets"):
         table = data.remove_columns(images).with_format("arrow")[:]
     columns = {name: _of_arrow(table[name], _at(reading.spec, name)) for name in table.column_names}
@@ -69,11 +71,13 @@ def open_hugging_face(reading: Reading) -> Samples:
     return _from_columns(replace(reading, classes=classes), {**columns, y: labels})
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, options: DataOptions, where: str) -> arrays.Named:
+def tokenized(texts: Sequence[str], reading: Reading, where: str) -> arrays.Named:
     """``input_ids`` and ``attention_mask`` int64 [n, T], T the ``text_length`` or the longest text's.
 
     Raises ValueError naming ``where`` without a tokenizer or padding token, and for the first text without a token.
     """
+    refuse(reading, OF_NUMBERS, "is not for text")
+    tokenizer, options = reading.tokenizer, reading.options
     if tokenizer is None:
         raise ValueError(f"{where} is text, which needs a tokenizer: name the folder of a Hugging Face model")
     if tokenizer.pad_token is None:
@@ -96,14 +100,17 @@ def tokenized(texts: Sequence[str], tokenizer: Any, options: DataOptions, where:
 Columns = Mapping[str, Any]  # name -> NumPy array of numbers [n] or of lists of numbers [n, ...], or a list of cells
 
 
-def _read_csv(path: Path, spec: str) -> Columns:
+def _read_csv(reading: Reading) -> Columns:
+    spec, options = reading.spec, reading.options
     pandas = _required("pandas", spec)
+    texts = [options.id] if reading.tokenizer is None else [options.id, options.inputs or "text"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pandas.errors.ParserWarning)  # rows longer than the header
             frame = pandas.read_csv(
-                path, keep_default_na=False, na_values=list(_MISSING), low_memory=False, index_col=False
-            )
+                reading.path, keep_default_na=False, na_values=list(_MISSING), low_memory=False, index_col=False,
+                dtype={name: str for name in texts if name is not None},  # the id 007 is not 7
+            )  # fmt: skip
     except (OSError, ValueError, pandas.errors.ParserWarning) as error:
         raise ValueError(f"{spec!r} can not be read as CSV: {places.one_line(error)}") from error
     columns: dict[str, Any] = {}
@@ -111,6 +118,11 @@ def _read_csv(path: Path, spec: str) -> Columns:
         number = isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf"
         missing = column.isna()
         columns[str(name)] = column.to_numpy() if number else column.astype(object).where(~missing, None).tolist()
+    target = found(columns, options.targets, TARGET_NAMES, "targets", repr(spec))
+    chosen = _chosen(reading, target)
+    for name, cells in columns.items():
+        if isinstance(cells, list) and name not in texts and (chosen is None or name in chosen):
+            _require_one_kind(cells, _at(spec, name))
     return columns
 
 
@@ -167,10 +179,16 @@ def _from_columns(reading: Reading, columns: Columns) -> Samples:
     spec, options = reading.spec, reading.options
     if not columns or not len(next(iter(columns.values()))):
         raise ValueError(f"{spec!r} is empty: it has no row")
-    columns = {name: _column(cells, _at(spec, name)) for name, cells in columns.items()}
     y = found(columns, options.targets, TARGET_NAMES, "targets", repr(spec))
     if options.id is not None:
         found(columns, options.id, (), "id", repr(spec))
+    chosen = _chosen(reading, y)
+    columns = {
+        name: _column(cells, _at(spec, name)) if chosen is None or name in chosen else cells
+        for name, cells in columns.items()
+    }
+    for name in (y, *(() if options.id is None else (options.id,))):
+        _require_cells(columns[name], _at(spec, name))
     ids = None if options.id is None else arrays.ids_from(columns[options.id], _at(spec, options.id))
     if y == options.inputs:
         return _next_tokens(reading, columns[y], ids, _at(spec, y))
@@ -178,11 +196,24 @@ def _from_columns(reading: Reading, columns: Columns) -> Samples:
     return assembled(reading, x, columns[y], ids, at, _at(spec, y))
 
 
+def _chosen(reading: Reading, target: str) -> set[str | None] | None:
+    """The columns that are used; None where all are looked at."""
+    options = reading.options
+    if options.columns is None and options.inputs is None:
+        return None
+    return {target, options.id, options.inputs, *(options.columns or ())}
+
+
+def _require_cells(column: Any, where: str) -> None:
+    if not isinstance(column, np.ndarray) and None in column:
+        raise ValueError(f"{where}: row {column.index(None)} is missing")
+
+
 def _next_tokens(reading: Reading, texts: Any, ids: list[str] | None, where: str) -> Samples:
     """Texts that are their own targets, for causal language models: padding is labelled -100. All are of class 0."""
     if not arrays.is_text(texts):
         raise ValueError(f"{where} is named as inputs and as targets, which only text can be")
-    kept = tokenized(texts, reading.tokenizer, reading.options, where)
+    kept = tokenized(texts, reading, where)
     tokens, mask = kept.values["input_ids"], kept.values["attention_mask"]
     named = replace(kept, values={**kept.values, "labels": tokens.masked_fill(mask == 0, IGNORED)})
     return Samples(
@@ -202,6 +233,7 @@ def _inputs(reading: Reading, columns: Columns, target: str) -> tuple[Any, str]:
     if one is not None:
         found(columns, one, (), "inputs", repr(spec))
         x, at = columns[one], _at(spec, one)
+        _require_cells(x, at)
         return (x.reshape(-1, 1) if isinstance(x, np.ndarray) and x.ndim == 1 else x), at
     numbers = [name for name in others if isinstance(columns[name], np.ndarray) and columns[name].ndim == 1]
     if not numbers:
@@ -233,14 +265,14 @@ def _require_finite(column: Any, where: str) -> None:
 
 
 def _column(cells: Any, where: str) -> Any:
-    """An array of numbers [n] or, of lists, [n, ...], or a list of texts; raises ValueError for a column of several."""
+    """An array of numbers [n] or, of lists, [n, ...], or a list of texts and None; raises ValueError for a mixture."""
     if isinstance(cells, np.ndarray):
         return cells
     kinds = [_kind(cell) for cell in cells]
     kind = next((k for k in kinds if k != "missing"), "missing")
     row = next((row for row, k in enumerate(kinds) if k != kind), None)
-    if kind == "text" and row is None:
-        _require_texts(cells, where)
+    if kind == "text" and set(kinds) <= {"text", "missing"}:  # a hole counts only where the column is used
+        _require_unicode(cells, where)
         return list(cells)
     if kind == "a number" and set(kinds) <= {"a number", "missing"}:
         numbers = np.array([np.nan if cell is None else cell for cell in cells])
@@ -254,16 +286,25 @@ def _column(cells: Any, where: str) -> Any:
     raise ValueError(f"{where}: row {row} is {kinds[row]}, row {kinds.index(kind)} is {kind}; expected one kind")
 
 
-def _require_texts(cells: Sequence[str], where: str) -> None:
-    """A CSV file has no types: numbers and names in one column arrive as texts."""
-    numeric = [_is_number(cell) for cell in cells]
-    if any(numeric) and not all(numeric):
-        number, name = numeric.index(True), numeric.index(False)
-        raise ValueError(f"{where}: row {number} is the number {cells[number]}, row {name} is {cells[name][:40]!r}; "
-                         "expected one kind")  # fmt: skip
+def _require_unicode(cells: Sequence[str | None], where: str) -> None:
+    for row, cell in enumerate(cells):
+        if cell is not None and any("\ud800" <= character <= "\udfff" for character in cell):
+            raise ValueError(f"{where}: row {row} is {cell[:40]!r}, which is no Unicode text")
 
 
-def _is_number(cell: str) -> bool:
+def _require_one_kind(cells: Sequence[str | None], where: str) -> None:
+    """A CSV file has no types: a column of numbers in which there is a name would be taken for one of names."""
+    numeric = {row: _is_number(cell) for row, cell in enumerate(cells) if cell is not None}
+    number = next((row for row, is_number in numeric.items() if is_number), None)
+    name = next((row for row, is_number in numeric.items() if not is_number), None)
+    if number is not None and name is not None:
+        raise ValueError(
+            f"{where}: row {number} is the number {cells[number]}, row {name} is {str(cells[name])[:40]!r}; "
+            "expected one kind"
+        )
+
+
+def _is_number(cell: str | bool) -> bool:
     try:
         float(cell)
     except ValueError:
@@ -314,20 +355,23 @@ def _labels(reading: Reading, data: Any, columns: Columns) -> tuple[str, Any, li
     return y, [names[label] for label in labels.tolist()], reading.classes or list(names)
 
 
-def _open_encoded(reading: Reading, data: Any, x: str) -> Samples:
+def _open_encoded(reading: Reading, data: Any, x: str, pictures: list[str]) -> Samples:
     from fastunlearn.inputs import images
 
     spec, options = reading.spec, reading.options
+    refuse(reading, ("columns", "text_length"), "is not for images")
     with places.blaming(f"{spec!r}: datasets"):
-        table = data.remove_columns([x]).with_format("arrow")[:]
+        table = data.remove_columns(pictures).with_format("arrow")[:]
     columns = {name: _column(_of_arrow(table[name], _at(spec, name)), _at(spec, name)) for name in table.column_names}
     y, cells, known = _labels(reading, data, columns)
+    _require_cells(cells, _at(spec, y))
     labels, classes = arrays.labels_from(cells, _at(spec, y), known)
     if options.id is not None:
         found(columns, options.id, (), "id", repr(spec))
-    ids = (
-        arrays.rows(len(labels)) if options.id is None else arrays.ids_from(columns[options.id], _at(spec, options.id))
-    )
+    ids = arrays.rows(len(labels))
+    if options.id is not None:
+        _require_cells(columns[options.id], _at(spec, options.id))
+        ids = arrays.ids_from(columns[options.id], _at(spec, options.id))
     data = data.with_format(None)
 
     def read(row: int) -> bytes:
