@@ -542,3 +542,12 @@ def test_digest_of_arrays_does_not_depend_on_how_they_are_converted(tmp_path: Pa
     spec = write_npz(tmp_path)
     plain = open_samples(spec)
     assert open_samples(spec, options=DataOptions(image_size=9, channels=1, scale=2, std=3)).digest() == plain.digest()
+
+
+def test_the_row_named_is_the_first_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastunlearn.inputs.arrays._CHECKED", 7)  # two rows at a time
+    x = np.zeros((9, 3))
+    x[5, 1] = x[6, 0] = np.nan
+    np.savez(tmp_path / "a.npz", x=x, y=np.zeros(9))
+    with pytest.raises(ValueError, match="row 5 holds NaN"):
+        open_samples(str(tmp_path / "a.npz"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -96,18 +95,17 @@ def _is_part(module: str, name: str) -> bool:
 def _from_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{spec!r}: there is no file {str(path)!r}")
-    path = path.resolve()
-    content = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
-    name = f"{path.stem}_{content}" if path.stem.isidentifier() else f"file_{content}"
+    path, source = path.resolve(), path.read_bytes()
+    digest = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:16]
+    name = f"{path.stem}_{digest}" if path.stem.isidentifier() else f"file_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise ValueError(f"{spec!r}: {str(path)!r} can not be imported as Python")
-    module = importlib.util.module_from_spec(found)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and pickles look themselves up there
     try:
-        found.loader.exec_module(module)
+        # Not by a loader: its cache tells files apart by size and second, and is written beside the user's file.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:  # as in blaming
         del sys.modules[name]
         raise ValueError(f"{spec!r}: importing {path.name} raised {one_line(error)}") from error
