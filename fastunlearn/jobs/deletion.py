@@ -22,7 +22,7 @@ from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
 from fastunlearn.jobs.config import Config, Say, write_config
 from fastunlearn.jobs.findings import model_row, verdict
-from fastunlearn.jobs.measuring import layer_changes, leaks, measure
+from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
 from fastunlearn.jobs.task import Part, Task, open_task
 from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases
@@ -107,9 +107,10 @@ class _Run:
             models.append(("retrained", "reference", reference, reference_seconds))
         rows, rocs, probes, distances, confusions = [], {}, {}, {}, {}
         notes: list[str] = []
+        known = Known.of(task, task.model, reference)
         for label, role, model, seconds in models:
             self.say(f"measuring the {role} model")
-            found = phase(f"measure-{role}", partial(measure, task, model, reference, config.seed))
+            found = phase(f"measure-{role}", partial(measure, task, model, reference, known, config.seed))
             rocs[label] = found.pop("roc")
             probes[label], distances[label] = found.pop("probes"), found.pop("activation_distance")
             notes += [note for note in found.pop("notes") if note not in notes]

@@ -9,7 +9,7 @@ from fastunlearn.checkpoint import load_into
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
 from fastunlearn.jobs.findings import model_row
-from fastunlearn.jobs.measuring import measure
+from fastunlearn.jobs.measuring import Known, measure
 from fastunlearn.jobs.task import open_task
 from fastunlearn.jobs.workspace import Workspace
 from fastunlearn.report.html import write_report
@@ -30,10 +30,11 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
         load_into(reference, task.reference, "--reference")
     rows, rocs, confusions, probes = [], {}, {}, {}
     notes: list[str] = []
+    known = Known.of(task, task.model, reference)
     for label, role, model in (("model", "original", task.model), ("retrained", "reference", reference)):
         if model is not None:
             say(f"measuring the {label}" if role == "original" else "measuring the retrained model")
-            found = measure(task, model, reference, config.seed)
+            found = measure(task, model, reference, known, config.seed)
             rocs[label], confusions[role], probes[label] = (found.pop(k) for k in ("roc", "confusion", "probes"))
             found.pop("activation_distance")
             notes += [note for note in found.pop("notes") if note not in notes]

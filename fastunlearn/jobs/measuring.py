@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastunlearn.data import read
 from fastunlearn.evaluate import Metrics, confusion_matrix, evaluate
 from fastunlearn.evaluate.attacks import attack, svc_attack, threshold_attacks
 from fastunlearn.evaluate.distances import activation_distance
 from fastunlearn.evaluate.leaks import leak_report, neighbours
 from fastunlearn.evaluate.probes import linear_probe
 from fastunlearn.evaluate.relearn import relearn_time
-from fastunlearn.evaluate.signals import Signals, signals
+from fastunlearn.evaluate.signals import Signals, signals, signals_of
+from fastunlearn.hooks import preserved
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
 PROBED = 2000  # samples at most that a probe is fitted on, and as many that it is judged by
@@ -23,31 +26,84 @@ LEAKS_SHOWN = 200  # samples at most of the leak reports
 RELEARN_LR = 0.01
 
 
-def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Known:
+    """What is the same for all models of a run.
+
+    Attributes:
+        goal: the original's accuracy on the forgotten samples in percent, which relearning aims at.
+        reference: the logits of the reference, from :func:`answers`; None without one.
+    """
+
+    goal: float
+    reference: dict[str, Tensor] | None
+
+    @classmethod
+    def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> Known:
+        """Cost: a pass over the forgotten samples, and one over every set through the reference."""
+        forget = evaluate(original, forget=task.forget.loader(task.config.batch_size))
+        return cls(forget.accuracy["forget"], None if reference is None else answers(task, reference))
+
+
+class _Answering(nn.Module):
+    """Stands for a model whose logits are known: a batch's inputs are those of several, [N, models, C]."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self.which = which
+        self.device = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, self.which]
+
+
+def answers(task: Task, model: nn.Module) -> dict[str, Tensor]:
+    """The model's logits on every set that is measured, float32 [n, C] on the CPU: one forward pass for everything."""
+    found = {}
+    for name, part in task.sets.items():
+        batches = read(part.loader(task.config.batch_size), name, task.device)
+        with preserved(model), torch.no_grad():
+            model.eval()
+            found[name] = torch.cat([batch.outputs(model).float().cpu() for batch in batches])
+    return found
+
+
+def measure(
+    task: Task,
+    model: nn.Module,
+    reference: nn.Module | None,
+    known: Known,
+    seed: int,
+) -> dict[str, Any]:
     """Everything about one model; JSON, with estimates as dicts where one run has an interval.
 
-    ``reference`` is the model that never saw the forgotten data, if there is one: measured against itself, its own
-    gaps are zero. Cost: a forward pass over each set for the metrics, beside the reference, and one for the attacks;
-    the probes one over at most 2,000 + 2,000 samples per side, relearning ``config.relearn`` steps at most.
+    Args:
+        reference: the model that never saw the forgotten data, if there is one; measured against itself, its own gaps
+            are zero.
+        known: what is the same for all models of a run.
+
+    Cost: a forward pass over each set; one over the forgotten samples for activations; the probes one over at most
+    2,000 + 2,000 samples; relearning ``config.relearn`` steps at most.
     """
-    size = task.config.batch_size
-    loaders = {name: part.loader(size) for name, part in task.sets.items()}
+    ours, theirs = answers(task, model), known.reference
+    stacked = {
+        name: [(torch.stack([logits] if theirs is None else [logits, theirs[name]], 1), task.sets[name].labels)]
+        for name, logits in ours.items()
+    }
+    judge, yardstick = _Answering(0), None if theirs is None else _Answering(1)
     metrics = evaluate(
-        model, forget=loaders["forget"], retain=loaders["retain"], test=loaders.get("test"), reference=reference
+        judge, forget=stacked["forget"], retain=stacked["retain"], test=stacked.get("test"), reference=yardstick
     )
     found = _by_set(task, metrics)
-    if FORGOTTEN_TEST in loaders:
-        more = _by_set(task, evaluate(model, test=loaders[FORGOTTEN_TEST], reference=reference))
+    if FORGOTTEN_TEST in stacked:
+        more = _by_set(task, evaluate(judge, test=stacked[FORGOTTEN_TEST], reference=yardstick))
         for name, values in more.items():
             if values is not None:
                 found[name][FORGOTTEN_TEST] = values["test"]
     found["tow"] = metrics.tow
-    found |= _attacks(task, {name: signals(model, loader, name) for name, loader in loaders.items()}, seed)
-    found["confusion"] = None
-    if task.test is not None:
-        counts = confusion_matrix(model, task.test.loader(size)).counts
-        found["confusion"] = counts[: len(task.classes), : len(task.classes)].tolist()
-    found["relearn"] = _relearn(task, model, seed)
+    found |= _attacks(task, {name: signals_of(logits, task.sets[name].labels) for name, logits in ours.items()}, seed)
+    found["confusion"] = _confusion(task, judge, [stacked[name] for name in stacked if name.startswith("test")])
+    found["relearn"] = _relearn(task, model, known.goal, seed)
     found["probes"] = found["activation_distance"] = None
     found["notes"] = []
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
@@ -57,10 +113,21 @@ def measure(task: Task, model: nn.Module, reference: nn.Module | None, seed: int
         found["notes"].append(f"No layer was probed: {error}.")
     try:
         if reference is not None:
-            found["activation_distance"] = activation_distance(model, reference, loaders["forget"])
+            forget = task.forget.loader(task.config.batch_size)
+            found["activation_distance"] = activation_distance(model, reference, forget)
     except ValueError as error:
         found["notes"].append(f"Activations were not compared: {error}.")
     return {name: _finite(value) for name, value in found.items()}
+
+
+def _confusion(task: Task, judge: nn.Module, tests: list[list[tuple[Tensor, Tensor]]]) -> list[list[int]] | None:
+    """Over all test samples."""
+    if not tests:
+        return None
+    size = max(len(task.classes), tests[0][0][0].shape[-1])
+    counts = confusion_matrix(judge, [batch for test in tests for batch in test], size).counts
+    rows: list[list[int]] = counts[: len(task.classes), : len(task.classes)].tolist()
+    return rows
 
 
 def _by_set(task: Task, metrics: Metrics) -> dict[str, Any]:
@@ -104,12 +171,11 @@ def _like(test: Signals, forget: Signals) -> Signals:
     return test[same] if bool(same.any()) else test
 
 
-def _relearn(task: Task, model: nn.Module, seed: int) -> float | None:
+def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
     """Steps until the forgotten samples are known as well as to the original, less a point; None if never."""
     if not task.config.relearn:
         return None
     loader = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
-    goal = evaluate(task.model, forget=task.forget.loader(task.config.batch_size)).accuracy["forget"]
     return relearn_time(model, loader, threshold=goal, margin=1.0, lr=RELEARN_LR, max_steps=task.config.relearn).steps
 
 
