@@ -121,6 +121,8 @@ def _cost(unlearned: Row, original: Row) -> str:
     where = "test" if "test" in unlearned["accuracy"] else "retain"
     lost = original["accuracy"][where]["mean"] - unlearned["accuracy"][where]["mean"]
     what = "test" if where == "test" else "retained"
+    if abs(lost) < 0.05:
+        return f", with the same {what} accuracy"
     return f", at {abs(lost):.1f} points {'less' if lost >= 0 else 'more'} {what} accuracy"
 
 

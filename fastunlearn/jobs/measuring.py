@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastunlearn.data import read
 from fastunlearn.evaluate import Metrics, confusion_matrix, evaluate
-from fastunlearn.evaluate.attacks import attack, svc_attack, threshold_attacks
+from fastunlearn.evaluate.attacks import svc_attack, threshold_attacks
 from fastunlearn.evaluate.distances import activation_distance
 from fastunlearn.evaluate.leaks import leak_report, neighbours
 from fastunlearn.evaluate.probes import linear_probe
@@ -156,7 +156,6 @@ def _attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]
         return nothing
     others = of.get(FORGOTTEN_TEST) or _like(of["test"], of["forget"])
     attacks = threshold_attacks(of["forget"], others, task.config.bootstrap, seed)
-    attacks["scaled logit"] = attack("scaled logit", of["forget"].logit, others.logit, task.config.bootstrap, seed)
     svc = svc_attack(of["retain"], of["test"], of["forget"], seed=seed)
     return {
         "attacks": {name: a.as_dict() for name, a in attacks.items()},
