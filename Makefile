@@ -29,8 +29,9 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: $(VENV)/built
 	$(BIN)/fastunlearn demo
 
+# One process per core, each on one thread: threads of several processes on one core wait for one another.
 test: $(VENV)/built
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -35,10 +36,13 @@ def load_emulated() -> None:
         "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DFASTUNLEARN_EMULATED=ON",
         f"-DFASTUNLEARN_SANITIZE={SANITIZE}", f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(build)]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(build)]):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     torch.ops.load_library(str(build / "libfastunlearn_emulated.so"))
 
 

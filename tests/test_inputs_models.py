@@ -303,6 +303,14 @@ def test_folders_are_loaded_with_their_weights_by_architecture(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_fresh_model_of_a_folder_has_its_architecture_and_none_of_its_weights(folders: dict[str, Path]) -> None:
+    kept, fresh = build_model(str(folders["text"]), 3), build_model(str(folders["text"]), 3, fresh=True)
+    ours, theirs = kept.state_dict(), fresh.state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    drawn = [name for name, value in ours.items() if value.is_floating_point() and value.unique().numel() > 2]
+    assert drawn and not any(torch.equal(ours[name], theirs[name]) for name in drawn)
+
+
 def test_texts_become_dict_batches_that_the_model_takes(folders: dict[str, Path], tmp_path: Path) -> None:
     model, words = build_model(str(folders["text"]), 2), tokenizer_of(str(folders["text"]))
     samples = open_samples(texts(tmp_path), tokenizer=words)

@@ -30,7 +30,9 @@ AUTO_CLASSES = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 
 
-def build_model(spec: str, classes: int | None, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+def build_model(
+    spec: str, classes: int | None, arguments: Mapping[str, Any] | None = None, fresh: bool = False
+) -> nn.Module:
     """The model that ``spec`` names, on the CPU, in the mode its maker left it in.
 
     ``package.module:function`` and ``path/to/file.py:function`` are called with ``arguments``, and with
@@ -38,7 +40,8 @@ def build_model(spec: str, classes: int | None, arguments: Mapping[str, Any] | N
     ``timm:NAME`` are built with ``num_classes=classes`` and random weights; nothing is downloaded. A Hugging Face
     folder is loaded with its own safetensors weights by what ``architectures`` in its config.json says: sequence
     classification, image classification or causal language modelling; no code of the folder is run. ``classes`` None
-    leaves the number of classes to the model.
+    leaves the number of classes to the model. ``fresh`` asks for a newly initialised model: of a folder, one of its
+    architecture with random weights; what else makes models makes fresh ones anyway.
 
     Raises FileNotFoundError, ImportError (torchvision, timm or transformers are missing) or ValueError of one line
     that names ``spec``, chained to what the model's own code raised; also for what is no nn.Module or has no
@@ -49,7 +52,7 @@ def build_model(spec: str, classes: int | None, arguments: Mapping[str, Any] | N
         raise TypeError(f"the arguments of a model must be a mapping from names to values, got {arguments!r}")
     maker, colon, name = spec.partition(":")
     if (Path(spec) / "config.json").is_file():
-        model = _hugging_face(Path(spec), classes, dict(arguments), spec)
+        model = _hugging_face(Path(spec), classes, dict(arguments), spec, fresh)
     elif colon and maker in ("torchvision", "timm"):
         model = _from_library(maker, name, classes, dict(arguments), spec)
     elif places.names_code(spec):
@@ -127,7 +130,7 @@ def _imported(library: str, spec: str) -> ModuleType:
         raise ImportError(f"{spec!r} needs {library}, which is not installed: pip install {library}") from error
 
 
-def _hugging_face(folder: Path, classes: int | None, arguments: dict[str, Any], spec: str) -> Any:
+def _hugging_face(folder: Path, classes: int | None, arguments: dict[str, Any], spec: str, fresh: bool) -> Any:
     for key in ("trust_remote_code", "local_files_only", "use_safetensors", "output_loading_info", "num_labels"):
         if key in arguments:
             raise ValueError(f"{spec!r}: the argument {key!r} is not taken; it is fixed for Hugging Face folders")
@@ -136,8 +139,13 @@ def _hugging_face(folder: Path, classes: int | None, arguments: dict[str, Any], 
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         raise ValueError(f"{spec!r} has no model.safetensors; write it with save_pretrained (pickles are not read)")
     transformers = _imported("transformers", spec)
+    kind = getattr(transformers, auto)
+    if fresh:
+        with _quiet(transformers), places.blaming(repr(spec)):
+            own = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return kind.from_config(own, **arguments)
     with _quiet(transformers), places.blaming(repr(spec)):
-        model, told = getattr(transformers, auto).from_pretrained(
+        model, told = kind.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, **arguments,
         )  # fmt: skip

@@ -140,7 +140,7 @@ class Task:
 
     def fresh(self) -> nn.Module:
         """A newly made model, with weights of its own, on the device."""
-        return make_model(self.config, len(self.classes)).to(self.device)
+        return make_model(self.config, len(self.classes), fresh=True).to(self.device)
 
     def copy(self) -> nn.Module:
         """The model, to be changed."""
@@ -181,9 +181,14 @@ def open_task(config: Config) -> Task:
     options = _options(config)
     tokenizer = tokenizer_of(config.model)
 
+    names: list[str] | None = None  # of the classes, from the first source that has any: a class is a number once
+
     def opened(name: str, spec: str) -> Samples:
+        nonlocal names
         with naming(flag_of(name)):
-            return open_samples(spec, options=options, tokenizer=tokenizer)
+            samples = open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
+        names = names or samples.classes
+        return samples
 
     forget, retain = _forget_and_retain(config, opened)
     test, validation = (
@@ -217,10 +222,10 @@ def open_task(config: Config) -> Task:
     return task
 
 
-def make_model(config: Config, classes: int) -> nn.Module:
-    """A newly made model; raises ValueError naming --model."""
+def make_model(config: Config, classes: int, fresh: bool = False) -> nn.Module:
+    """The model, newly initialised if ``fresh``; raises ValueError naming --model."""
     with naming("--model"):
-        return build_model(config.model, classes, config.model_arguments)
+        return build_model(config.model, classes, config.model_arguments, fresh)
 
 
 def device_named(name: str) -> torch.device:
