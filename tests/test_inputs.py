@@ -521,6 +521,8 @@ def test_names_with_odd_but_harmless_characters_are_ids(tmp_path: Path) -> None:
 def test_csv_cells_that_look_like_numbers_stay_ids(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("k,a,y\n007,1,0\na1,2,1\n7,3,1\n")
     assert open_samples(str(tmp_path / "t.csv"), options=DataOptions(id="k")).ids == ["007", "a1", "7"]
+    (tmp_path / "t.csv").write_text("k,a,y\n007,1,0\n7,2,1\n")
+    assert open_samples(str(tmp_path / "t.csv"), options=DataOptions(id="k")).ids == ["007", "7"]
 
 
 def test_typed_text_may_look_like_a_number(tmp_path: Path) -> None:
