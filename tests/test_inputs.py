@@ -227,7 +227,9 @@ def test_names_of_classes_known_from_the_training_set_keep_their_numbers(tmp_pat
     (folder / "bee").rmdir()
     samples = open_samples(str(folder), classes=CLASSES)
     assert sorted(set(samples.labels.tolist())) == [0, 2] and samples.classes == CLASSES
-    assert open_samples(write_hugging_face(tmp_path, True), classes=CLASSES[::-1]).labels[-1] == 0
+    for spec in (write_hugging_face(tmp_path, True), write_code(tmp_path, "Pictures")):
+        turned = open_samples(spec, classes=CLASSES[::-1])
+        assert turned.labels.tolist() == (2 - LABELS).tolist() and turned.classes == CLASSES[::-1]
 
 
 @pytest.mark.parametrize(
