@@ -227,7 +227,9 @@ def test_names_of_classes_known_from_the_training_set_keep_their_numbers(tmp_pat
     (folder / "bee").rmdir()
     samples = open_samples(str(folder), classes=CLASSES)
     assert sorted(set(samples.labels.tolist())) == [0, 2] and samples.classes == CLASSES
-    assert open_samples(write_hugging_face(tmp_path, True), classes=CLASSES[::-1]).labels[-1] == 0
+    for spec in (write_hugging_face(tmp_path, True), write_code(tmp_path, "Pictures")):
+        turned = open_samples(spec, classes=CLASSES[::-1])
+        assert turned.labels.tolist() == (2 - LABELS).tolist() and turned.classes == CLASSES[::-1]
 
 
 @pytest.mark.parametrize(
@@ -521,6 +523,8 @@ def test_names_with_odd_but_harmless_characters_are_ids(tmp_path: Path) -> None:
 def test_csv_cells_that_look_like_numbers_stay_ids(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("k,a,y\n007,1,0\na1,2,1\n7,3,1\n")
     assert open_samples(str(tmp_path / "t.csv"), options=DataOptions(id="k")).ids == ["007", "a1", "7"]
+    (tmp_path / "t.csv").write_text("k,a,y\n007,1,0\n7,2,1\n")
+    assert open_samples(str(tmp_path / "t.csv"), options=DataOptions(id="k")).ids == ["007", "7"]
 
 
 def test_typed_text_may_look_like_a_number(tmp_path: Path) -> None:

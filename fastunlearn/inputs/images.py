@@ -363,12 +363,12 @@ class _Bounded:
     def read(self, size: int) -> bytes:
         if size > MEMBER:
             raise Refused(f"{self.spec!r}: a header asks for {size:,} bytes, more than {MEMBER:,}")
+        if self.file.tell() > 2 * UNPACKED:  # members, their headers and padding
+            raise Refused(f"{self.spec!r} with its headers unpacks to more than {2 * UNPACKED:,} bytes")
         self.last = self.file.read(size)
         return self.last
 
     def seek(self, position: int) -> int:
-        if position > 2 * UNPACKED:  # members, their headers and padding
-            raise Refused(f"{self.spec!r} unpacks to more than {UNPACKED:,} bytes")
         return self.file.seek(position)
 
     def finish(self) -> None:
