@@ -113,7 +113,7 @@ def _console() -> Any:
     from rich.console import Console
 
     # A file or a pipe has no width: give the table the one it needs.
-    return Console(width=None if sys.stdout.isatty() else 132)
+    return Console(width=None if sys.stdout.isatty() else 240)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
