@@ -22,6 +22,16 @@ def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 4))
 """
 
+QUICK = {
+    "deepclean": ["fraction=0.3", "lr=0.01"],
+    "class-forgetting": ["alpha_retain=30.0", "alpha_forget=10.0"],
+    "lcodec": ["perturbations=20", "hessian_samples=20", "max_units=4", "group=true"],
+    "ssd": ["alpha=2.0"],
+    "finetune": ["lr=0.005", "momentum=0.5"],
+    "gradient-ascent": ["lr=0.01"],
+    "retrain": ["epochs=3", "lr=0.02"],
+}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -40,6 +50,13 @@ class Request:
             "--data", self.path("train.npz"), "--test", self.path("test.npz"), "--forget", "class:1",
             "--method", "deepclean", "--set", "fraction=0.3", "--bootstrap", "20", "--relearn", "3", *where, *more,
         ]  # fmt: skip
+
+    def of(self, method: str, *more: str, out: str | None = "out") -> list[str]:
+        """As :meth:`flags`, for any method, with settings that make it quick."""
+        base = self.flags(out=out)
+        start = base.index("--method")
+        settings = [part for pair in QUICK[method] for part in ("--set", pair)]
+        return [*base[:start], *base[start + 4 :], "--method", method, *settings, *more]
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every input file: what no run may change."""
