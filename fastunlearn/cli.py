@@ -167,8 +167,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from fastunlearn.report.log import verify
+    from fastunlearn.report.record import read_salt
 
-    checks = verify(arguments.record, arguments.weights, arguments.log, arguments.patch, arguments.salt, arguments.id)
+    salt = None if arguments.salt is None else read_salt(arguments.salt)
+    checks = verify(arguments.record, arguments.weights, arguments.log, arguments.patch, salt, arguments.id or None)
     for check in checks:
         print(f"{'holds ' if check.passed else 'BROKEN'}  {check.name}: {check.detail}")
     return 0 if all(check.passed for check in checks) else 3
