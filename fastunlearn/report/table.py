@@ -18,7 +18,8 @@ def models_table(findings: dict[str, Any]) -> Table:
         title += ", in brackets the distance from the retrained model in points"
     view = Table(title=title + (f"; means of {runs} runs" if runs > 1 else ""), box=box.SIMPLE, show_edge=False)
     for heading in ("model", *sets, "attack AUC", "TPR at 1 %", "seconds"):
-        view.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=heading == "model")
+        view.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold",
+                        no_wrap=heading == "model")  # fmt: skip
     for model in models:
         cells = [_cell(model["accuracy"][name], (model["gap"] or {}).get(name)) for name in sets]
         attacks = model["attacks"].values()
