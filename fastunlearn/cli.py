@@ -27,9 +27,9 @@ MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
 ONE_METHOD = ("method", "settings", "method_samples", "training")
 WRITING = ("pictures", "out")
 COMMANDS = {
-    "unlearn": (*OPENING, *ONE_METHOD, *MEASURING, "shadows", "cache", "log", *WRITING),
+    "unlearn": (*OPENING, *ONE_METHOD, *MEASURING, "shadows", "stack", "cache", "log", *WRITING),
     "plan": (*OPENING, *ONE_METHOD, *MEASURING, "shadows"),
-    "compare": (*OPENING, "methods", "method_samples", "training", *MEASURING, "seeds", *WRITING),
+    "compare": (*OPENING, "methods", "method_samples", "training", "stack", *MEASURING, "seeds", *WRITING),
     "evaluate": (*OPENING, *MEASURING, "out"),
 }
 DESCRIPTIONS = {

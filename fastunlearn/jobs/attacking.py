@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastunlearn.data import FirstSamples
 from fastunlearn.evaluate.lira import Lira, ULira, membership, u_lira
 from fastunlearn.evaluate.shadows import ShadowModels
+from fastunlearn.evaluate.stacked import Mode
 from fastunlearn.jobs.config import ConfigError, Say
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
@@ -71,8 +72,9 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     rest = Part("test", task.test.samples, task.test.indices[~torch.isin(task.test.indices, others.indices)])
     pool = Pool([task.forget, task.retain, others, *([rest] if len(rest) else [])])
     forget = pool.of(0)
+    mode: Mode = config.stack  # type: ignore[assignment]  # checked when the configuration was made
     shadows = ShadowModels(
-        task.fresh, task.recipe, pool, config.shadows, config.seed, cache, together=forget, device=task.device
+        task.fresh, task.recipe, pool, config.shadows, config.seed, cache, 0.5, forget, mode, task.device
     )
     say(str(shadows.plan()))
     shadows.train()

@@ -51,7 +51,8 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
         findings = run.findings(skipped)
         if config.pictures:
             write_pictures(findings, space.path / "pictures")
-        write_text(space.path / "config.yaml", write_config(config))
+        # The way that was faster here, so that the file gives the same bits elsewhere.
+        write_text(space.path / "config.yaml", write_config(replace(config, stack=run.stack)))
         write_json(space.path / "findings.json", findings)
         write_report(findings, space.path / "report.html")
         space.finish()
@@ -87,12 +88,14 @@ class _Comparison:
 
     def __init__(self, task: Task, space: Workspace, chosen: Sequence[Chosen], say: Say) -> None:
         self.task, self.space, self.chosen, self.say = task, space, chosen, say
+        self.stack = task.config.stack
         self.seeds = [task.config.seed + i for i in range(task.config.seeds)]
 
     def findings(self, skipped: dict[str, str]) -> dict[str, Any]:
         """As ``unlearn`` makes them, with intervals over the seeds."""
         task, config = self.task, self.task.config
         seconds = self.space.phase("train", self._train)
+        self.stack = seconds["stack"]
         rows: dict[str, list[Row]] = {}
         roles = {"original": "original"}
         given = task.weights is not None and task.reference is not None  # the same two models for every seed
@@ -159,12 +162,14 @@ class _Comparison:
             wanted.append(("original", None))
         if task.reference is None:
             wanted.append(("retrained", task.retain))
-        found: dict[str, Any] = {"how": "not needed"}
+        found: dict[str, Any] = {"stack": task.config.stack, "how": "not needed"}
         for label, part in wanted:
             if part is None:
                 part = task.everything()
             self.say(f"training {len(seeds)} models, {label}, on {len(part):,} samples")
-            models, found[label], found["how"] = train(task, [part] * len(seeds), seeds)
+            models, found[label], report = train(task, [part] * len(seeds), seeds)
+            found |= {"stack": report.mode, "how": report.reason}
+            task = replace(task, config=replace(task.config, stack=report.mode))  # the references as the originals
             for seed, model in zip(seeds, models, strict=True):
                 save_weights(self.space.weights(f"{label}-{seed}"), model.state_dict())
         return found

@@ -36,6 +36,7 @@ class Config:
     method_samples: int | None = None
     reference: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    stack: str = "auto"
     measured: int = 10_000
     shadows: int = 0
     probes: bool = True
@@ -56,6 +57,9 @@ class Config:
             value, least = getattr(self, f.name), LEAST.get(f.name)
             if least is not None and value is not None and value < least:
                 raise ConfigError(f"{f.name} must be {least} or more, got {value}")
+
+        if self.stack not in ("auto", "stacked", "sequential"):
+            raise ConfigError(f"stack must be auto, stacked or sequential, got {self.stack!r}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +88,7 @@ HELP = {
     "method_samples": "of each set that the method reads, evenly over classes; all, but 1000 for class-forgetting",
     "reference": 'the yardstick: weights of a model that never saw the forgotten data, or "retrain"',
     "training": "of retraining and shadow models: epochs, lr, weight_decay, batch_size",
+    "stack": "train several models at once: stacked, sequential, or auto, whichever is faster here",
     "measured": "retained samples at most that are measured, drawn once",
     "shadows": "shadow models behind the per-example attacks LiRA and U-LiRA; 0 for none",
     "probes": "ask every layer, by a linear probe, whether it still knows a forgotten class",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ops
 from fastunlearn.checkpoint import digest, load_into, load_weights, save_weights
-from fastunlearn.evaluate.stacked import train_models
+from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
 from fastunlearn.jobs.config import Config, Say, write_config
@@ -247,15 +247,16 @@ def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) 
     return outcome, kernels
 
 
-def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list[nn.Module], float, str]:
+def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list[nn.Module], float, TrainingReport]:
     """A fresh model on each part, several at once where that is faster; the models, seconds of one, and how."""
     source = parts[0].samples
     keep = torch.zeros(len(parts), len(source), dtype=torch.bool)
     for row, part in zip(keep, parts, strict=True):
         row[part.indices] = True
     start = time.perf_counter()
-    models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), device=task.device)
-    return models, (time.perf_counter() - start) / len(parts), report.reason
+    mode: Mode = task.config.stack  # type: ignore[assignment]  # checked when the configuration was made
+    models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), mode, task.device)
+    return models, (time.perf_counter() - start) / len(parts), report
 
 
 def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
