@@ -55,7 +55,7 @@ class Digits:
 
 
 def digits_train() -> tuple[Tensor, Tensor]:
-    """The demo's 1,400 training digits, float [1400, 1, 8, 8] and int64 [1400]: --data fastunlearn.demo:digits_train."""
+    """The demo's 1,400 training digits, float [1400, 1, 8, 8] and int64 [1400], as ``--data`` takes them by name."""
     return Digits.load(torch.device("cpu"), seed=0).train
 
 

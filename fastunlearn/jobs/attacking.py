@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     rest = Part("test", task.test.samples, task.test.indices[~torch.isin(task.test.indices, others.indices)])
     pool = Pool([task.forget, task.retain, others, *([rest] if len(rest) else [])])
     forget = pool.of(0)
-    mode: Mode = config.stack  # type: ignore[assignment]  # checked when the configuration was made
+    mode = cast(Mode, config.stack)  # checked when the configuration was made
     shadows = ShadowModels(
         task.fresh, task.recipe, pool, config.shadows, config.seed, cache, 0.5, forget, mode, task.device
     )

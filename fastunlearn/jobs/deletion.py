@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -254,7 +254,7 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
     for row, part in zip(keep, parts, strict=True):
         row[part.indices] = True
     start = time.perf_counter()
-    mode: Mode = task.config.stack  # type: ignore[assignment]  # checked when the configuration was made
+    mode = cast(Mode, task.config.stack)  # checked when the configuration was made
     models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), mode, task.device)
     return models, (time.perf_counter() - start) / len(parts), report
 
