@@ -180,7 +180,7 @@ def _patch_apply(arguments: argparse.Namespace) -> int:
     from fastunlearn.patch import apply_patch
 
     patch = apply_patch(arguments.weights, arguments.patch, arguments.out)
-    print(f"{arguments.out}: {patch.changed:,} weights written, {patch.after}")
+    print(f"{arguments.out}: {sum(patch.changed.values()):,} weights changed, digest {patch.after}")
     return 0
 
 

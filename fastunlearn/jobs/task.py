@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastunlearn.checkpoint import digest, load_into, load_weights
 from fastunlearn.data import read
-from fastunlearn.evaluate.stacked import Recipe
+from fastunlearn.evaluate.stacked import Recipe, initial_model
 from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
@@ -196,7 +196,8 @@ def open_task(config: Config) -> Task:
         for name in ("test", "validation")
     )
     classes = _classes([p.samples for p in (forget, retain, test, validation) if p is not None])
-    model = make_model(config, len(classes))
+    # Seeded, so that an interrupted run without weights is known again when it goes on.
+    model = initial_model(lambda: make_model(config, len(classes)), config.seed)
     own = Path(config.model)
     weights = Path(config.weights) if config.weights is not None else None
     if weights is not None:
