@@ -97,7 +97,8 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{spec!r}: there is no file {str(path)!r}")
     path = path.resolve()
-    content = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:16]
+    source = path.read_bytes()
+    content = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:16]
     name = f"{path.stem}_{content}" if path.stem.isidentifier() else f"file_{content}"
     if name in sys.modules:
         return sys.modules[name]
@@ -107,7 +108,8 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickles look themselves up there
     try:
-        found.loader.exec_module(module)
+        # Not by the loader, which would leave a __pycache__ beside the user's file.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:  # as in blaming
         del sys.modules[name]
         raise ValueError(f"{spec!r}: importing {path.name} raised {one_line(error)}") from error
