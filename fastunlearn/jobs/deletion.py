@@ -30,7 +30,7 @@ from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
-from fastunlearn.report.log import last_hash, locked
+from fastunlearn.report.log import locked, require_whole
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import (
     device_name,
@@ -87,7 +87,7 @@ def _require_places(config: Config, out: Path, log: Path, resume: bool) -> None:
     require_beside(out, log, "--log")
     require_makeable(log, "--log")
     with naming("--log"):
-        last_hash(log)
+        require_whole(log)
     if config.cache is not None:
         cache = Path(config.cache)
         require_beside(out, cache, "--cache")
