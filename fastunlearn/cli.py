@@ -7,6 +7,7 @@ something that does not hold; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import platform
@@ -15,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -42,12 +43,17 @@ DESCRIPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, arguments.parser._option_string_actions, 1)
+        arguments.parser.error(f"{flag} is not known here" + (f"; did you mean {close[0]}?" if close else ""))
     command = " ".join(part for part in (arguments.command, getattr(arguments, "action", None)) if part)
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print(f"fastunlearn {command}: interrupted; nothing half done is left", file=sys.stderr)
+        more = "; --resume goes on with it" if hasattr(arguments, "resume") else ""
+        print(f"fastunlearn {command}: interrupted; nothing half done is left{more}", file=sys.stderr)
         return 130
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if arguments.debug:
@@ -57,8 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors take one line, as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastunlearn", description="Make trained networks forget.", allow_abbrev=False,
         epilog="exit codes: 0 done, 1 refused or failed, 2 wrong flag or configuration, 3 verify found something "
         "wrong, 130 interrupted",
@@ -68,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, help: str, to: Any = commands) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = to.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     for name, run in (("unlearn", _unlearn), ("plan", _plan), ("compare", _compare), ("evaluate", _evaluate)):

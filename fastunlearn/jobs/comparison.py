@@ -18,7 +18,7 @@ from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, 
 from fastunlearn.jobs.measuring import Known, measure
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import Task, applicable, open_task
-from fastunlearn.jobs.workspace import Workspace
+from fastunlearn.jobs.workspace import Workspace, require_free
 from fastunlearn.report.html import write_report
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import device_name, plain_limits, versions
@@ -39,6 +39,7 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     if config.shadows:
         raise ConfigError("shadows belong to unlearn; a comparison has the attacks that need no other models")
     chosen = _chosen(config)
+    require_free(Path(config.out), resume)
     task = open_task(config)
     skipped: dict[str, str] = {}
     if not chosen:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+VALUES = 100_000  # values in a configuration: YAML can write a billion of them in ten lines
 Say = Callable[[str], None]  # where a run says what it is doing
 
 
@@ -53,10 +56,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
+            require_plain(getattr(self, f.name), f.name)
             check_type(getattr(self, f.name), str(f.type), f.name)
             value, least = getattr(self, f.name), LEAST.get(f.name)
             if least is not None and value is not None and value < least:
                 raise ConfigError(f"{f.name} must be {least} or more, got {value}")
+            if f.name in MOST and value > MOST[f.name]:
+                raise ConfigError(f"{f.name} must be {MOST[f.name]} or less, got {value}")
 
         if self.stack not in ("auto", "stacked", "sequential"):
             raise ConfigError(f"stack must be auto, stacked or sequential, got {self.stack!r}")
@@ -106,11 +112,40 @@ HELP = {
 FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
 LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
          "seeds": 1}  # fmt: skip
+MOST = {"seed": 2**31 - 1, "seeds": 2**31 - 1}  # their sum, too, is a seed that NumPy takes
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "dict": (dict,), "list": (list,), "float": (float, int),
 }  # fmt: skip
 _WORDS = {"str": "text", "int": "a whole number", "bool": "true or false", "dict": "a mapping", "list": "a list",
           "float": "a number"}  # fmt: skip
+
+
+def require_plain(value: Any, name: str) -> None:
+    """Raise ConfigError unless ``value`` is made of at most ``VALUES`` of what JSON has, with text for keys."""
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        if count > VALUES:
+            raise ConfigError(f"{name} holds more than {VALUES:,} values, or itself")
+        if isinstance(one, dict):
+            odd = next((key for key in one if not isinstance(key, str)), None)
+            if odd is not None:
+                raise ConfigError(f"{name}: the key {shown(odd)} must be text")
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif one is not None and not isinstance(one, (str, int, float)):
+            raise ConfigError(f"{name} holds {shown(one)}, a {type(one).__name__}; write a number, text, true or false")
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{name} holds {one}; numbers must be finite")
+
+
+def shown(value: Any) -> str:
+    """``repr`` of a value for a message, cut short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return " ".join(short.repr(value).split())
 
 
 def check_type(value: Any, annotation: str, name: str) -> None:
@@ -119,7 +154,7 @@ def check_type(value: Any, annotation: str, name: str) -> None:
     if value is None and annotation.endswith(" | None"):
         return
     if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be {_WORDS[kind]}, got {value!r}")
+        raise ConfigError(f"{name} must be {_WORDS[kind]}, got {shown(value)}")
 
 
 def is_plain(annotation: str) -> bool:
@@ -146,6 +181,8 @@ def read_config(path: Path) -> dict[str, Any]:
         found = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not YAML: too many brackets within brackets") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -156,7 +193,7 @@ def read_config(path: Path) -> dict[str, Any]:
     names = [f.name for f in fields(Config)]
     for key in found:
         if key not in names:
-            raise ConfigError(f"{path}: unknown key {key!r}{_suggestion(str(key), names)}")
+            raise ConfigError(f"{path}: unknown key {shown(key)}{_suggestion(str(key), names)}")
     try:
         replace(Config(model=""), **found)
     except ConfigError as error:
@@ -234,7 +271,7 @@ def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
             raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
         try:
             found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"{flag} {key}: {value!r} can not be read as a value") from error
     return found
 

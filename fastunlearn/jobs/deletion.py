@@ -24,13 +24,13 @@ from fastunlearn.jobs.config import Config, Say, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
-from fastunlearn.jobs.task import Part, Task, open_task
-from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases
+from fastunlearn.jobs.task import Part, Task, naming, open_task
+from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
-from fastunlearn.report.log import locked
+from fastunlearn.report.log import locked, require_whole
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import (
     device_name,
@@ -66,6 +66,7 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     log = Path(config.log).resolve() if config.log is not None else out.parent / "log.jsonl"
     if resume and (out / "record.json").exists():
         return out, _complete(out, log, config)
+    _require_places(config, out, log, resume)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config)
     if config.shadows:
@@ -78,6 +79,19 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     finally:
         space.close()
     return out, findings
+
+
+def _require_places(config: Config, out: Path, log: Path, resume: bool) -> None:
+    """What would stop the run at its end is found before it begins."""
+    require_free(out, resume)
+    require_beside(out, log, "--log")
+    require_makeable(log, "--log")
+    with naming("--log"):
+        require_whole(log)
+    if config.cache is not None:
+        cache = Path(config.cache)
+        require_beside(out, cache, "--cache")
+        require_makeable(cache / "model", "--cache")
 
 
 class _Run:

@@ -51,6 +51,11 @@ class HeldLog:
         """What the next record names as ``previous``: SHA-256 of the last complete line, None without one."""
         return _line_hash(self._lines[-1]) if self._lines else None
 
+    @property
+    def torn(self) -> bool:
+        """Whether the log ends in part of a line."""
+        return bool(self._torn)
+
     def has(self, identifier: str) -> bool:
         """Whether the request of this id is in the log."""
         return any(json.loads(line)["id"] == identifier for line in self._lines)
@@ -134,6 +139,21 @@ def last_hash(log: str | Path) -> str | None:
         return None
     with locked(log) as held:
         return held.last_hash
+
+
+def require_whole(log: str | Path) -> None:
+    """Raise, before a long run, what would keep its record from being appended; nothing for a log yet to be made.
+
+    OSError and ValueError as :func:`locked`, ValueError also for one that ends in part of a line.
+    """
+    if not Path(log).exists():
+        return
+    with locked(log) as held:
+        if held.torn:
+            raise ValueError(
+                f"{log}: ends in part of a line, from an append that was cut off; go on with the run that it belongs "
+                "to, or take that part out"
+            )
 
 
 def verify(
