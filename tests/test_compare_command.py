@@ -45,8 +45,8 @@ def write_request(request: Request, name: str, **more: Any) -> str:
         "model": f"{request.path('net.py')}:net", "weights": request.path("weights.safetensors"),
         "data": request.path("train.npz"), "test": request.path("test.npz"), "forget": "class:1",
         "methods": [{"method": method, "settings": settings_of(method)} for method in METHODS],
-        "training": {"epochs": 4, "lr": 0.02}, "seeds": 2, "seed": SEED, "bootstrap": 20, "relearn": 3, "batch_size": 32,
-        "pictures": False,
+        "training": {"epochs": 4, "lr": 0.02}, "seeds": 2, "seed": SEED, "bootstrap": 20, "relearn": 3,
+        "batch_size": 32, "pictures": False,
     }  # fmt: skip
     path = request.folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in (keys | more).items() if v is not None}))
