@@ -169,7 +169,7 @@ class _Comparison:
                 part = task.everything()
             self.say(f"training {len(seeds)} models, {label}, on {len(part):,} samples")
             models, found[label], report = train(task, [part] * len(seeds), seeds)
-            found |= {"stack": report.mode, "how": report.reason}
+            found |= {"stack": report.mode, "how": f"{report.mode}: {report.reason}"}
             task = replace(task, config=replace(task.config, stack=report.mode))  # the references as the originals
             for seed, model in zip(seeds, models, strict=True):
                 save_weights(self.space.weights(f"{label}-{seed}"), model.state_dict())
