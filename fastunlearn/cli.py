@@ -138,13 +138,18 @@ def _line_of(message: Warning | str) -> str:
     return " ".join(str(message).split())
 
 
-def _unlearn(arguments: argparse.Namespace) -> int:
-    from fastunlearn.jobs.deletion import unlearn
+def _show(findings: dict[str, Any]) -> None:
     from fastunlearn.report.table import models_table
 
-    out, findings = unlearn(_config(arguments), arguments.resume, _say)
     _console().print(models_table(findings))
     print(findings["verdict"])
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.deletion import unlearn
+
+    out, findings = unlearn(_config(arguments), arguments.resume, _say)
+    _show(findings)
     print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
     return 0
 
@@ -159,22 +164,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.comparison import compare
-    from fastunlearn.report.table import models_table
 
     out, findings = compare(_config(arguments), arguments.resume, _say)
-    _console().print(models_table(findings))
-    print(findings["verdict"])
+    _show(findings)
     print(f"report: {out / 'report.html'}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.evaluation import evaluate_weights
-    from fastunlearn.report.table import models_table
 
-    findings = evaluate_weights(_config(arguments), _say)
-    _console().print(models_table(findings))
-    print(findings["verdict"])
+    _show(evaluate_weights(_config(arguments), _say))
     return 0
 
 

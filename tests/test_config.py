@@ -53,6 +53,16 @@ def test_the_resolved_file_says_the_same_again(tmp_path: Path) -> None:
     assert set(yaml.safe_load(write_config(config))) == {f.name for f in fields(Config)}
 
 
+def test_a_float_without_a_point_is_a_number_and_text_that_looks_like_one_stays_text(tmp_path: Path) -> None:
+    """As in YAML 1.2; PyYAML takes 1e-3 for text."""
+    path = written(tmp_path, "model: a.b:c\ntraining: {lr: 1e-3}\ndata_options: {targets: '1e3'}\n")
+    config = parsed("--config", path, "--set", "lr=-2E+5", "--set", "name=1e3x", "--set", "code=0x1e3")
+    assert config.training == {"lr": 1e-3} and config.data_options == {"targets": "1e3"}
+    assert config.settings == {"lr": -2e5, "name": "1e3x", "code": 0x1E3}
+    assert parsed("--config", written(tmp_path, write_config(config))) == config
+    assert yaml.safe_load(write_config(config)) == config.as_dict()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

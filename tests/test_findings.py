@@ -55,11 +55,20 @@ def test_numbers_of_several_runs_get_student_s_interval() -> None:
 
 
 def test_an_interval_within_a_run_gives_way_to_that_over_runs() -> None:
-    first, second = one(0.6, 0.05), one(0.8, 0.01)
+    first, second = one(0.6, 0.05), one(0.61, 0.01)
     assert joined([{"auc": first}]) == {"auc": first}
+    half = 0.005 * T2
     assert joined([{"auc": first}, {"auc": second}])["auc"] == pytest.approx(
-        {"mean": 0.7, "runs": 2, "low": 0.7 - 0.1 * T2, "high": 0.7 + 0.1 * T2}
+        {"mean": 0.605, "runs": 2, "low": 0.605 - half, "high": 0.605 + half}
     )
+
+
+def test_an_interval_ends_where_the_figure_does() -> None:
+    found = joined([{"auc": 0.9, "accuracy": {"test": 1.0}, "gap": {"test": 1.0}, "kl": {"test": 0.0}},
+                    {"auc": 1.0, "accuracy": {"test": 3.0}, "gap": {"test": 3.0}, "kl": {"test": 1.0}}])  # fmt: skip
+    assert (found["auc"]["high"], found["accuracy"]["test"]["low"], found["kl"]["test"]["low"]) == (1.0, 0.0, 0.0)
+    assert found["auc"]["low"] == pytest.approx(0.95 - 0.05 * T2)
+    assert found["gap"]["test"]["low"] == pytest.approx(2 - T2)  # a gap may be below zero
 
 
 def test_what_is_missing_in_one_run_is_missing() -> None:

@@ -30,6 +30,7 @@ from fastunlearn import cli
 from fastunlearn.checkpoint import digest, load_weights
 from fastunlearn.jobs import deletion
 from fastunlearn.jobs.config import flag_of
+from fastunlearn.jobs.workspace import Workspace
 from fastunlearn.methods.deepclean import DeepClean
 from fastunlearn.patch import apply_patch, write_patch
 from fastunlearn.report.log import verify
@@ -265,8 +266,8 @@ def flag(name: str, *flags: str, says: tuple[str, ...], command: str = "unlearn"
     return Case(name, says, flags, make, command, code=2)
 
 
-def config(name: str, content: str | bytes, *says: str, command: str = "unlearn") -> Case:
-    return Case(name, ("run.yaml", *says), ("--config", "{}/run.yaml"), text("run.yaml", content), command, code=2)
+def config(name: str, content: str | bytes, *says: str, command: str = "unlearn", which: str = "run.yaml") -> Case:
+    return Case(name, (which, *says), ("--config", "{}/run.yaml"), text("run.yaml", content), command, code=2)
 
 
 WEIGHTS = [
@@ -442,7 +443,7 @@ DATA = [
     data("notes among the images", "{}/images", all_of(images, text("images/cat/notes.txt", "x")), "'cat/notes.txt'"),
     data("a link in circles", "{}/images", all_of(images, lambda root: (root / "images/cat/up").symlink_to("..")),
          "cat/up"),
-    Case("test images of other classes", ("other", "images", "'cat' is in one alone"),
+    Case("test images of other classes", ("--test", "other", "'cow'", "none of the 2 classes"),
          ("--data", "{}/images", "--test", "{}/other", "--forget", "class:cat"),
          all_of(images, text("other/cow/1.png", png()))),
     data("data whose function raises", "{}/d.py:data", text("d.py", "def data(): raise LookupError('gone')\n"),
@@ -490,7 +491,17 @@ YAML = [
     config("a billion values for a number", f"more: &m\n{NESTED}seed: *m\n", "unknown key 'more'"),
     config("a billion values under a known key", f"methods:\n{NESTED}", "methods holds more than 100,000 values"),
     config("a value that holds itself", "methods: &a [*a]\n", "methods", "or itself"),
-    config("brackets without end in YAML", "settings: " + "[" * 5000, "not YAML", "brackets"),
+    config("brackets without end in YAML", "settings: " + "[" * 5000, "not YAML", "recursion"),
+    config("a day that there is not", "seed: 2026-13-45\n", "not YAML", "month"),
+    config("a tag that does not fit", "probes: !!bool perhaps\n", "not YAML", "perhaps"),
+    config("a NUL in text", 'model: "a\\0b"\n', "model", "NUL"),
+    config("more resamples than there is memory for", "bootstrap: 10000000000000\n", "bootstrap", "1000000 or less"),
+    config("settings of a compared method that are no mapping", "methods: [{method: ssd, settings: [1]}]\n",
+           "ssd: settings must be a mapping", command="compare", which=""),
+    config("a label that is no text", "methods: [{method: ssd, label: 3}]\n", "ssd: label must be text",
+           command="compare", which=""),
+    config("an unknown key of a compared method", "methods: [{method: ssd, setting: {}}]\n", "ssd", "'setting'",
+           command="compare", which=""),
     config("a date", "settings: {fraction: 2026-01-01}\n", "settings", "date"),
     config("a setting that is infinite", "settings: {gamma: .inf}\n", "settings", "inf"),
     config("a number for a setting's name", "settings: {1: 2}\n", "settings", "1"),
@@ -512,6 +523,10 @@ FLAGS_WRONG = [
     flag("an unknown method", "--method", "deepclena", says=("method must be one of deepclean", "'deepclena'")),
     flag("an unknown setting", "--set", "fractoin=0.3", says=("settings of deepclean", "'fractoin'", "fraction")),
     flag("an ill-typed setting", "--set", "fraction=much", says=("settings of deepclean", "fraction", "'much'")),
+    flag("text for a list of layers", "--set", "protect=1.weight", says=("protect must be a list",)),
+    flag("a number for a mapping", "--method", "lcodec", "--config", "{}/c.yaml", says=("privacy must be a mapping",),
+         make=text("c.yaml", "settings: {privacy: 3}\n")),
+    flag("text for a number of training", "--training", "lr=fast", says=("training: lr must be a number", "'fast'")),
     flag("a setting out of range", "--set", "fraction=3", says=("settings of deepclean", "fraction")),
     flag("settings that exclude each other", "--set", "gamma=2.0", says=("gamma or fraction",)),
     flag("an unknown key of the training", "--training", "epoch=3", says=("training", "'epoch'", "epochs")),
@@ -862,6 +877,18 @@ def test_stopped_later_what_is_finished_is_kept_for_the_same_request_alone(
         assert snapshot(request_folder) == kept
     assert ends(unlearn(request_folder, "--resume"), capfd).code == 0
     assert unlearned(request_folder) == unlearned(finished)
+    assert not (request_folder / ".out.unfinished").exists()
+
+
+def test_what_another_process_is_working_on_is_left_to_it(
+    request_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    space = Workspace(request_folder / "out", {}, resume=False)
+    before = snapshot(request_folder)
+    ended = ends(unlearn(request_folder, "--resume"), capfd)
+    assert is_stopped(ended, 1, "another process is working on", "out") and len(ended.lines) == 1, ended
+    assert snapshot(request_folder) == before
+    space.close()
     assert not (request_folder / ".out.unfinished").exists()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastunlearn.checkpoint import load_into, load_weights, save_weights
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
+from fastunlearn.jobs.config import Config, ConfigError, Say, check_type, write_config
 from fastunlearn.jobs.deletion import run_method, train
 from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
 from fastunlearn.jobs.measuring import Known, measure
@@ -73,11 +73,12 @@ def _chosen(config: Config) -> list[Chosen]:
             raise ConfigError(
                 f"methods: {given['method']}: unknown key {unknown[0]!r}; known are method, settings, label"
             )
-        name, settings = given["method"], given.get("settings") or {}
+        name, settings, label = given["method"], given.get("settings") or {}, given.get("label") or given["method"]
+        check_type(settings, "dict", f"methods: {name}: settings")
+        check_type(label, "str", f"methods: {name}: label")
         if name == "retrain":
             raise ConfigError("methods: retrain is always run, as the reference; leave it out")
         make_method(name, settings, config.seed, nn.Module)
-        label = given.get("label") or name
         if label in {label for label, _, _ in found} | {"original", "retrained"}:
             raise ConfigError(f"methods: {label} is there twice; give one of them another label")
         found.append((label, name, settings))
@@ -169,7 +170,7 @@ class _Comparison:
                 part = task.everything()
             self.say(f"training {len(seeds)} models, {label}, on {len(part):,} samples")
             models, found[label], report = train(task, [part] * len(seeds), seeds)
-            found |= {"stack": report.mode, "how": report.reason}
+            found |= {"stack": report.mode, "how": f"{report.mode}: {report.reason}"}
             task = replace(task, config=replace(task.config, stack=report.mode))  # the references as the originals
             for seed, model in zip(seeds, models, strict=True):
                 save_weights(self.space.weights(f"{label}-{seed}"), model.state_dict())

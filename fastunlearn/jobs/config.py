@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -112,7 +113,14 @@ HELP = {
 FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
 LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
          "seeds": 1}  # fmt: skip
-MOST = {"seed": 2**31 - 1, "seeds": 2**31 - 1}  # their sum, too, is a seed that NumPy takes
+MOST = {
+    "bootstrap": 1_000_000,
+    "seed": 2**31 - 1,
+    "seeds": 2**31 - 1,
+}  # a seed and seeds added are a seed that NumPy takes
+FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
+# What PyYAML raises for brackets without end, and for values that are not what they are tagged as or look like.
+UNREADABLE = (RecursionError, ValueError, LookupError, AttributeError, TypeError)
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "dict": (dict,), "list": (list,), "float": (float, int),
 }  # fmt: skip
@@ -137,6 +145,8 @@ def require_plain(value: Any, name: str) -> None:
             waiting += one
         elif one is not None and not isinstance(one, (str, int, float)):
             raise ConfigError(f"{name} holds {shown(one)}, a {type(one).__name__}; write a number, text, true or false")
+        elif isinstance(one, str) and "\0" in one:
+            raise ConfigError(f"{name} holds {shown(one)}, which has a NUL character")
         elif isinstance(one, float) and not math.isfinite(one):
             raise ConfigError(f"{name} holds {one}; numbers must be finite")
 
@@ -178,11 +188,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        found = from_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not YAML: too many brackets within brackets") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -210,7 +220,21 @@ def write_config(config: Config) -> str:
     """As YAML, every key with its value, so that it says the same whatever the defaults become."""
     import yaml
 
-    return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.as_dict(), Dumper=_with_floats(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str) -> Any:
+    """The value written there; 1e-3 is a number, which PyYAML takes for text. Raises as ``yaml.safe_load``."""
+    import yaml
+
+    return yaml.load(text, Loader=_with_floats(yaml.SafeLoader))  # no less safe
+
+
+def _with_floats(kind: Any) -> Any:
+    """A loader or dumper of PyYAML that knows floats without a point, as YAML 1.2 has them."""
+    extended: Any = type(kind.__name__, (kind,), {})
+    extended.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+    return extended
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -270,8 +294,8 @@ def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
         try:
-            found[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError) as error:
+            found[key] = from_yaml(value)
+        except (yaml.YAMLError, *UNREADABLE) as error:
             raise ConfigError(f"{flag} {key}: {value!r} can not be read as a value") from error
     return found
 
@@ -282,6 +306,9 @@ def pick(kind: type, given: Mapping[str, Any], what: str) -> Any:
     for key in given:
         if key not in known:
             raise ConfigError(f"{what}: unknown key {key!r}{_suggestion(str(key), known)}")
+        annotation = next(str(f.type) for f in fields(kind) if f.name == key)
+        if is_plain(annotation):
+            check_type(given[key], annotation, f"{what}: {key}")
     try:
         return kind(**given)
     except ConfigError:
