@@ -26,10 +26,11 @@ class Estimate:
     runs: int = 1
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Estimate:
+    def over(cls, values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
         """Of independent runs: mean and Student's t interval, mean +- t(0.975, k - 1) s / sqrt(k).
 
-        Raises ValueError without values. One value has no interval.
+        ``limits`` are the smallest and largest values that the figure can have: an interval ends there, which leaves
+        out nothing that it could have held. Raises ValueError without values. One value has no interval.
         """
         if not values:
             raise ValueError("an estimate needs at least one run")
@@ -40,7 +41,7 @@ class Estimate:
 
         error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
         half = float(t.ppf(0.975, len(values) - 1)) * error
-        return cls(mean, mean - half, mean + half, len(values))
+        return cls(mean, max(mean - half, min(mean, limits[0])), min(mean + half, max(mean, limits[1])), len(values))
 
     @classmethod
     def bootstrapped(cls, value: float, resampled: torch.Tensor) -> Estimate:
