@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastunlearn.evaluate.estimate import Estimate
@@ -96,6 +96,11 @@ def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int
         f"{word}: after {name} the accuracy on the forgotten samples is {_percent(accuracy['forget'])}, where a model "
         f"that never saw them has {_percent(goal)} (before: {_percent(original['accuracy']['forget'])}){attack}{cost}."
     )
+
+
+def sentences(limits: Iterable[str]) -> list[str]:
+    """What the attacks say that they can not say, each once, as the report has it."""
+    return sorted({limit[0].upper() + limit[1:] + "." for limit in limits})
 
 
 def distance(row: Row) -> float:
