@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import make_request
 
+from fastunlearn.cli import main
 from fastunlearn.jobs.findings import joined, model_row, verdict
 
 
@@ -95,3 +99,24 @@ def test_intervals_over_runs_end_where_the_figures_do() -> None:
     for above in (found["loss"]["forget"], found["relearn"], found["seconds"]):
         assert above["low"] == 0 and above["high"] > 3
     assert found["other"]["low"] < -500 and found["other"]["high"] > 600
+
+
+def test_evaluate_speaks_of_what_it_measured_and_of_how_many_samples(tmp_path: Path) -> None:
+    """Class 1 alone is attacked with, by the 20 test samples that are like the forgotten; nothing was unlearned."""
+    request = make_request(tmp_path)
+    flags = ["--model", f"{request.path('net.py')}:net", "--weights", request.path("weights.safetensors"),
+             "--reference", request.path("weights.safetensors"), "--data", request.path("train.npz"),
+             "--test", request.path("test.npz"), "--forget", "class:1", "--bootstrap", "20", "--relearn", "0",
+             "--out", request.path("out")]  # fmt: skip
+    assert main(["evaluate", *flags]) == 0
+    found = json.loads((tmp_path / "out" / "findings.json").read_text())
+    assert found["request"]["samples"]["test of forgotten"] == 20 and found["request"]["samples"]["test"] == 60
+    limits = " ".join(found["limits"])
+    for rate, least in (("0.1 %", "1,000"), ("1 %", "100")):
+        assert f"The true positive rate at {rate} false positives rests on none at all: there are 20 " in limits
+        assert f"{least} are the fewest" in limits
+    assert "60 test samples" not in limits
+    assert "were changed" not in limits and "approximate" not in limits and "not a proof of erasure" in limits
+    assert found["confusion"]["after"] is None and sum(map(sum, found["confusion"]["before"])) == 80
+    assert set(found["activation_distance"]) == {"model", "retrained"}
+    assert set(found["activation_distance"]["model"].values()) == {0}
