@@ -40,6 +40,8 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
         raise ConfigError("shadows belong to unlearn; a comparison has the attacks that need no other models")
     chosen = _chosen(config)
     task = open_task(config)
+    if task.weights is None or task.reference is None:
+        task.require_fresh()
     skipped: dict[str, str] = {}
     if not chosen:
         names, skipped = applicable(task)

@@ -16,11 +16,11 @@ import yaml
 from torch import Tensor, nn
 
 from fastunlearn import ops
-from fastunlearn.checkpoint import digest, load_into, load_weights, save_weights
+from fastunlearn.checkpoint import SUFFIXES, State, digest, load_into, load_weights, save_weights
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
-from fastunlearn.jobs.config import Config, Say, write_config
+from fastunlearn.jobs.config import Config, ConfigError, Say, flag_of, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
@@ -30,7 +30,7 @@ from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
-from fastunlearn.report.log import locked
+from fastunlearn.report.log import locked, require_appendable
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import (
     device_name,
@@ -64,12 +64,17 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     assert config.method is not None and config.out is not None
     out = Path(config.out).resolve()
     log = Path(config.log).resolve() if config.log is not None else out.parent / "log.jsonl"
+    _require_outside(config, out, log)
     if resume and (out / "record.json").exists():
         return out, _complete(out, log, config)
+    require_appendable(log)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config)
+    task.require_trained()
     if config.shadows:
         require_attackable(task)
+    if config.shadows or "retrain" in (config.method, config.reference):
+        task.require_fresh()
     space = Workspace(out, task.identity(), resume)
     try:
         run = _Run(task, space, say)
@@ -154,7 +159,8 @@ class _Run:
         task, config, space = self.task, self.config, self.space
         outcome = space.phase("unlearn", self._unlearn)
         after = load_weights(space.weights("unlearned"))
-        suffix = task.weights.suffix if task.weights is not None and task.weights.is_file() else ".safetensors"
+        own = "" if task.weights is None else task.weights.suffix  # a folder has none, an index of shards .json
+        suffix = own if own in SUFFIXES else ".safetensors"
         checkpoint = space.path / f"model{suffix}"
         save_weights(checkpoint, after, like=task.weights)
         write_patch(space.path / "patch.safetensors", self.before, after)
@@ -199,10 +205,8 @@ class _Run:
         model = task.copy()
         self.say(f"{config.method}: forgetting {len(task.forget):,} of {len(task.forget) + len(task.retain):,} samples")
         outcome, kernels = run_method(task, config.method, method, model, config.seed)
-        state = _on_cpu(model.state_dict())
-        save_weights(
-            self.space.weights("unlearned"), {name: state[name].to(old.dtype) for name, old in self.before.items()}
-        )
+        after = _as_stored(self.before, task.model.state_dict(), model.state_dict())
+        save_weights(self.space.weights("unlearned"), after)
         return {**outcome.as_dict(), "kernels": kernels}
 
     def _retrain(self) -> float:
@@ -259,6 +263,14 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
     return models, (time.perf_counter() - start) / len(parts), report
 
 
+def _require_outside(config: Config, out: Path, log: Path) -> None:
+    """Neither log nor cache may lie in ``out``, which has to be absent until it appears as a whole."""
+    places = {"log": log} | ({} if config.cache is None else {"cache": Path(config.cache).resolve()})
+    for name, place in places.items():
+        if place.is_relative_to(out):
+            raise ConfigError(f"{flag_of(name)} {place} must not lie in --out {out}, which appears when all is done")
+
+
 def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     """Results are there: make sure that they are what was asked for, and in the log; their findings."""
     written = yaml.safe_load((out / "config.yaml").read_text())
@@ -283,6 +295,16 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _as_stored(stored: State, loaded: State, changed: State) -> dict[str, Tensor]:
+    """``changed`` in the names and types of the file; what the model has unchanged keeps the file's bits, which a model
+    of lower precision than the file has rounded."""
+    after = {}
+    for name, old in stored.items():
+        new = changed[name].detach().cpu()
+        after[name] = torch.where(new == loaded[name].cpu(), old, new.to(old.dtype))
+    return after
 
 
 def _identifier() -> dict[str, str]:

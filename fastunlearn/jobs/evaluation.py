@@ -24,6 +24,7 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
     if config.reference == "retrain":
         raise ConfigError("reference: evaluate trains nothing; give --reference the weights of a retrained model")
     task = open_task(config)
+    task.require_trained()
     reference = None
     if task.reference is not None:
         reference = task.copy()

@@ -142,6 +142,24 @@ class Task:
         """A newly made model, with weights of its own, on the device."""
         return make_model(self.config, len(self.classes), fresh=True).to(self.device)
 
+    def require_trained(self) -> None:
+        """Raise ConfigError where the model's weights are newly drawn ones, which know nothing to unlearn."""
+        if self.weights is None and digest(make_model(self.config, len(self.classes)).state_dict()) != self.digest:
+            raise ConfigError(
+                f"weights is missing: the model of --model {self.config.model} has new random weights each time; "
+                "give --weights"
+            )
+
+    def require_fresh(self) -> None:
+        """Raise ValueError where a newly made model has the original's weights: training it is no retraining."""
+        state = self.fresh().state_dict()
+        drawn = any(bool((value != value.flatten()[0]).any()) for value in state.values() if value.numel())
+        if drawn and digest(state) == self.digest:
+            raise ValueError(
+                f"--model {self.config.model} makes a model that has the original's weights from the start, so it can "
+                "not be retrained without the forgotten samples; let it make new ones, and give those with --weights"
+            )
+
     def copy(self) -> nn.Module:
         """The model, to be changed."""
         return copy.deepcopy(self.model)

@@ -26,6 +26,10 @@ from .record import canonical, hashed_id, read_record, record_hash, salt_commitm
 
 FIELDS = ("record", "id", "created", "previous")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+TORN = (
+    "ends in part of a line, from an append that was cut off; append the record that it belongs to, or take that part "
+    "out"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class HeldLog:
         """What the next record names as ``previous``: SHA-256 of the last complete line, None without one."""
         return _line_hash(self._lines[-1]) if self._lines else None
 
+    @property
+    def torn(self) -> bool:
+        """Whether it ends in part of a line."""
+        return bool(self._torn)
+
     def has(self, identifier: str) -> bool:
         """Whether the request of this id is in the log."""
         return any(json.loads(line)["id"] == identifier for line in self._lines)
@@ -62,10 +71,7 @@ class HeldLog:
         if self._lines and self._lines[-1] == line and not self._torn:
             return
         if not (line + b"\n").startswith(self._torn):
-            raise ValueError(
-                f"{self.path}: ends in part of a line, from an append that was cut off; append the record that it "
-                "belongs to, or take that part out"
-            )
+            raise ValueError(f"{self.path}: {TORN}")
         for number, earlier in enumerate(self._lines, 1):
             if json.loads(earlier)["id"] == record["id"]:
                 raise ValueError(f"{record_path}: the request {record['id']} is in {self.path} already, line {number}")
@@ -115,6 +121,15 @@ def locked(log: str | Path) -> Iterator[HeldLog]:
     with open(handle, "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield HeldLog(log, file)
+
+
+def require_appendable(log: str | Path) -> None:
+    """Raise now what appending another record would raise later: OSError or ValueError. Makes no file."""
+    if not Path(log).exists():
+        return
+    with locked(log) as held:
+        if held.torn:
+            raise ValueError(f"{log}: {TORN}")
 
 
 def append(log: str | Path, record_path: str | Path) -> None:

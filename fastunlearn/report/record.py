@@ -93,7 +93,8 @@ def weights_entry(path: str | Path, digest: str) -> dict[str, Any]:
     The SHA-256 is None where the weights are in no single file (a folder of shards, weights known by a name).
     """
     path = Path(path)
-    return {"file": path.name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
+    name = path.name or path.resolve().name or "weights"  # "." and "/" have none
+    return {"file": name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
 
 
 def record(
