@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -57,7 +58,8 @@ class Config:
             value, least = getattr(self, f.name), LEAST.get(f.name)
             if least is not None and value is not None and value < least:
                 raise ConfigError(f"{f.name} must be {least} or more, got {value}")
-
+        if self.seed + self.seeds - 1 > LARGEST_SEED:
+            raise ConfigError(f"seed must be at most {LARGEST_SEED - self.seeds + 1}, got {self.seed}")
         if self.stack not in ("auto", "stacked", "sequential"):
             raise ConfigError(f"stack must be auto, stacked or sequential, got {self.stack!r}")
 
@@ -106,6 +108,8 @@ HELP = {
 FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
 LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
          "seeds": 1}  # fmt: skip
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")  # YAML 1.1 wants a point and a sign as well
+LARGEST_SEED = 2**32 - 1  # that NumPy's generators take
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "dict": (dict,), "list": (list,), "float": (float, int),
 }  # fmt: skip
@@ -137,13 +141,24 @@ def flag_of(name: str) -> str:
     return "--" + FLAGS.get(name, name).replace("_", "-")
 
 
+def parse_yaml(text: str) -> Any:
+    """The value that ``text`` holds, as YAML 1.2 and Python read numbers: 1e-3 is one. Raises yaml.YAMLError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    return yaml.load(text, Loader)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The keys of a YAML file; raises ConfigError or OSError naming the file and the key."""
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
+        found = parse_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
@@ -173,7 +188,11 @@ def write_config(config: Config) -> str:
     """As YAML, every key with its value, so that it says the same whatever the defaults become."""
     import yaml
 
-    return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # so a folder 1e3 is text
+    return yaml.dump(config.as_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -233,7 +252,7 @@ def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{flag} {key}: {value!r} can not be read as a value") from error
     return found

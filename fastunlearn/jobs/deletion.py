@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fastunlearn import ops
@@ -20,7 +19,7 @@ from fastunlearn.checkpoint import SUFFIXES, State, digest, load_into, load_weig
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
-from fastunlearn.jobs.config import Config, ConfigError, Say, flag_of, write_config
+from fastunlearn.jobs.config import Config, ConfigError, Say, flag_of, read_config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
@@ -273,7 +272,7 @@ def _require_outside(config: Config, out: Path, log: Path) -> None:
 
 def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     """Results are there: make sure that they are what was asked for, and in the log; their findings."""
-    written = yaml.safe_load((out / "config.yaml").read_text())
+    written = read_config(out / "config.yaml")
     for key, value in config.as_dict().items():
         if key not in ("out", "log", "cache") and written.get(key) != value:
             raise ValueError(f"{out} holds the results for another {key}: {written.get(key)!r}, now {value!r}")

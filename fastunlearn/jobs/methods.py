@@ -82,8 +82,10 @@ def make_method(name: str, settings: Mapping[str, Any], seed: int, build: Callab
             check_type(value, known[key], f"{what}: {key}")
         elif isinstance(value, list):
             values[key] = tuple(value)
+        elif value is not None and known.get(key, "").startswith(("tuple[", "Sequence[")):
+            values[key] = (value,)  # one name is a list of one, not of its letters
     if values.get("protect"):
-        values["protect"] = tuple(_layer_or_name(p) for p in settings["protect"])
+        values["protect"] = tuple(_layer_or_name(p) for p in values["protect"])
     if values.get("autocast") is not None:
         if values["autocast"] != "bfloat16":
             raise ConfigError(f"{what}: autocast must be bfloat16 or null, got {values['autocast']!r}")
