@@ -7,6 +7,7 @@ something that does not hold; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import platform
@@ -15,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -42,12 +43,17 @@ DESCRIPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, arguments.parser._option_string_actions, 1)
+        arguments.parser.error(f"{flag} is not known here" + (f"; did you mean {close[0]}?" if close else ""))
     command = " ".join(part for part in (arguments.command, getattr(arguments, "action", None)) if part)
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print(f"fastunlearn {command}: interrupted; nothing half done is left", file=sys.stderr)
+        more = "; --resume goes on with it" if hasattr(arguments, "resume") else ""
+        print(f"fastunlearn {command}: interrupted; nothing half done is left{more}", file=sys.stderr)
         return 130
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if arguments.debug:
@@ -57,8 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors take one line, as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastunlearn", description="Make trained networks forget.", allow_abbrev=False,
         epilog="exit codes: 0 done, 1 refused or failed, 2 wrong flag or configuration, 3 verify found something "
         "wrong, 130 interrupted",
@@ -68,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, help: str, to: Any = commands) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = to.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     for name, run in (("unlearn", _unlearn), ("plan", _plan), ("compare", _compare), ("evaluate", _evaluate)):
@@ -125,13 +138,18 @@ def _line_of(message: Warning | str) -> str:
     return " ".join(str(message).split())
 
 
-def _unlearn(arguments: argparse.Namespace) -> int:
-    from fastunlearn.jobs.deletion import unlearn
+def _show(findings: dict[str, Any]) -> None:
     from fastunlearn.report.table import models_table
 
-    out, findings = unlearn(_config(arguments), arguments.resume, _say)
     _console().print(models_table(findings))
     print(findings["verdict"])
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    from fastunlearn.jobs.deletion import unlearn
+
+    out, findings = unlearn(_config(arguments), arguments.resume, _say)
+    _show(findings)
     print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
     return 0
 
@@ -146,22 +164,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.comparison import compare
-    from fastunlearn.report.table import models_table
 
     out, findings = compare(_config(arguments), arguments.resume, _say)
-    _console().print(models_table(findings))
-    print(findings["verdict"])
+    _show(findings)
     print(f"report: {out / 'report.html'}")
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.evaluation import evaluate_weights
-    from fastunlearn.report.table import models_table
 
-    findings = evaluate_weights(_config(arguments), _say)
-    _console().print(models_table(findings))
-    print(findings["verdict"])
+    _show(evaluate_weights(_config(arguments), _say))
     return 0
 
 
@@ -180,7 +193,7 @@ def _patch_apply(arguments: argparse.Namespace) -> int:
     from fastunlearn.patch import apply_patch
 
     patch = apply_patch(arguments.weights, arguments.patch, arguments.out)
-    print(f"{arguments.out}: {patch.changed:,} weights written, {patch.after}")
+    print(f"{arguments.out}: {sum(patch.changed.values()):,} weights changed, digest {patch.after}")
     return 0
 
 

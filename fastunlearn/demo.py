@@ -55,12 +55,12 @@ class Digits:
 
 
 def digits_train() -> tuple[Tensor, Tensor]:
-    """The demo's 1,400 training digits, float [1400, 1, 8, 8] and int64 [1400], as ``--data`` takes them by name."""
+    """The demo's training digits, float [1400, 1, 8, 8] and int64 [1400]: ``--data fastunlearn.demo:digits_train``."""
     return Digits.load(torch.device("cpu"), seed=0).train
 
 
 def digits_test() -> tuple[Tensor, Tensor]:
-    """Its 397 test digits, float [397, 1, 8, 8] and int64 [397]: --test fastunlearn.demo:digits_test."""
+    """Its test digits, float [397, 1, 8, 8] and int64 [397]: ``--test fastunlearn.demo:digits_test``."""
     return Digits.load(torch.device("cpu"), seed=0).test
 
 

@@ -53,13 +53,14 @@ def test_the_resolved_file_says_the_same_again(tmp_path: Path) -> None:
     assert set(yaml.safe_load(write_config(config))) == {f.name for f in fields(Config)}
 
 
-def test_numbers_with_an_exponent_are_numbers_and_names_like_them_stay_text(tmp_path: Path) -> None:
-    flags = ("--model", "a.b:c", "--set", "lr=1e-3", "--set", "alpha=2.5E4", "--set", "gamma=.5e+1")
-    config = parsed("--config", written(tmp_path, "training: {lr: 3e-4, epochs: 2}\nout: 1f3\n"), *flags)
-    assert config.settings == {"lr": 0.001, "alpha": 25000.0, "gamma": 5.0}
-    assert config.training == {"lr": 0.0003, "epochs": 2}
-    named = parsed(*flags, "--out", "1e3", "--log", "1.5e-3", "--set", "layers=['2e1']")
-    assert parsed("--config", written(tmp_path, write_config(named))) == named
+def test_a_float_without_a_point_is_a_number_and_text_that_looks_like_one_stays_text(tmp_path: Path) -> None:
+    """As in YAML 1.2; PyYAML takes 1e-3 for text."""
+    path = written(tmp_path, "model: a.b:c\ntraining: {lr: 1e-3}\ndata_options: {targets: '1e3'}\n")
+    config = parsed("--config", path, "--set", "lr=-2E+5", "--set", "name=1e3x", "--set", "code=0x1e3")
+    assert config.training == {"lr": 1e-3} and config.data_options == {"targets": "1e3"}
+    assert config.settings == {"lr": -2e5, "name": "1e3x", "code": 0x1E3}
+    assert parsed("--config", written(tmp_path, write_config(config))) == config
+    assert yaml.safe_load(write_config(config)) == config.as_dict()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,6 @@ def test_numbers_with_an_exponent_are_numbers_and_names_like_them_stay_text(tmp_
         ("model: a:b\nseed: three\n", "seed must be a whole number, got 'three'"),
         ("model: a:b\nseed: true\n", "seed must be a whole number, got True"),
         ("model: a:b\nseed: -1\n", "seed must be 0 or more, got -1"),
-        ("model: a:b\nseed: 4294967296\n", "seed must be at most 4294967293, got 4294967296"),
         ("model: a:b\nbatch_size: 0\n", "batch_size must be 1 or more, got 0"),
         ("model: a:b\nsettings: [1]\n", "settings must be a mapping"),
         ("model: a:b\nprobes: 1\n", "probes must be true or false, got 1"),
@@ -126,10 +126,6 @@ def test_settings_become_the_method() -> None:
     assert (method.seed, method.protect) == (7, (nn.BatchNorm2d, "0.weight"))
     own = make_method("deepclean", {"seed": 1, "autocast": "bfloat16"}, 7, nn.Module)
     assert isinstance(own, DeepClean) and own.seed == 1
-    one = make_method("lcodec", {"layers": "0", "protected": 7}, 0, nn.Module)
-    assert isinstance(one, LCodec) and (one.layers, one.protected) == (("0",), (7,))
-    one = make_method("ssd", {"protect": "BatchNorm2d"}, 0, nn.Module)
-    assert getattr(one, "protect", None) == (nn.BatchNorm2d,)
     privacy = {"epsilon": 0.5, "delta": 0.01, "lipschitz": 1.0, "smoothness": 1.0, "strong_convexity": 1.0}
     names = {f.name for f in fields(Privacy)}
     chosen = {k: v for k, v in privacy.items() if k in names} | {k: 1.0 for k in names - set(privacy)}

@@ -75,25 +75,6 @@ def trained():
     assert main(flags) == 0
 
 
-def test_results_appear_whole_so_log_and_cache_lie_elsewhere(
-    request_: Request, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = request_.path("out")
-    for flag, place in (("--log", f"{out}/log.jsonl"), ("--cache", f"{out}/cache"), ("--log", out)):
-        code, line = refused(quick(request_, flag, place), capsys)
-        assert code == 2 and flag in line and "must not lie in --out" in line
-
-
-def test_a_log_that_can_not_be_appended_to_is_found_before_anything_runs(
-    request_: Request, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for content, says in (("hello\n", "line 1: not JSON"), ('{"created"', "ends in part of a line")):
-        (request_.folder / "log.jsonl").write_text(content)
-        code, line = refused(quick(request_), capsys)
-        assert code == 1 and "log.jsonl" in line and says in line
-        assert (request_.folder / "log.jsonl").read_text() == content
-
-
 def test_weights_in_shards_become_one_file(request_: Request) -> None:
     state = load_weights(request_.path("weights.safetensors"))
     first, *rest = state

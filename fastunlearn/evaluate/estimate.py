@@ -48,6 +48,13 @@ class Estimate:
         low, high = torch.quantile(resampled.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return cls(value, low, high)
 
+    def within(self, least: float, most: float) -> Estimate:
+        """The same with the interval's ends inside what the figure can be: Student's t does not know that a share ends
+        at 100 %."""
+        if self.low is None or self.high is None:
+            return self
+        return Estimate(self.mean, max(self.low, least), min(self.high, most), self.runs)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: ``mean`` and ``runs``, and ``low`` and ``high`` where there is an interval; no NaN (None)."""
         found: dict[str, Any] = {"mean": self.mean if math.isfinite(self.mean) else None, "runs": self.runs}

@@ -12,13 +12,13 @@ from torch import nn
 
 from fastunlearn.checkpoint import load_into, load_weights, save_weights
 from fastunlearn.files import write_json, write_text
-from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
+from fastunlearn.jobs.config import Config, ConfigError, Say, check_type, write_config
 from fastunlearn.jobs.deletion import run_method, train
 from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
 from fastunlearn.jobs.measuring import Known, measure
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import Task, applicable, open_task
-from fastunlearn.jobs.workspace import Workspace
+from fastunlearn.jobs.workspace import Workspace, require_free
 from fastunlearn.report.html import write_report
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import device_name, plain_limits, versions
@@ -39,6 +39,7 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     if config.shadows:
         raise ConfigError("shadows belong to unlearn; a comparison has the attacks that need no other models")
     chosen = _chosen(config)
+    require_free(Path(config.out), resume)
     task = open_task(config)
     if task.weights is None or task.reference is None:
         task.require_fresh()
@@ -74,11 +75,12 @@ def _chosen(config: Config) -> list[Chosen]:
             raise ConfigError(
                 f"methods: {given['method']}: unknown key {unknown[0]!r}; known are method, settings, label"
             )
-        name, settings = given["method"], given.get("settings") or {}
+        name, settings, label = given["method"], given.get("settings") or {}, given.get("label") or given["method"]
+        check_type(settings, "dict", f"methods: {name}: settings")
+        check_type(label, "str", f"methods: {name}: label")
         if name == "retrain":
             raise ConfigError("methods: retrain is always run, as the reference; leave it out")
         make_method(name, settings, config.seed, nn.Module)
-        label = given.get("label") or name
         if label in {label for label, _, _ in found} | {"original", "retrained"}:
             raise ConfigError(f"methods: {label} is there twice; give one of them another label")
         found.append((label, name, settings))
@@ -170,7 +172,7 @@ class _Comparison:
                 part = task.everything()
             self.say(f"training {len(seeds)} models, {label}, on {len(part):,} samples")
             models, found[label], report = train(task, [part] * len(seeds), seeds)
-            found |= {"stack": report.mode, "how": report.reason}
+            found |= {"stack": report.mode, "how": f"{report.mode}: {report.reason}"}
             task = replace(task, config=replace(task.config, stack=report.mode))  # the references as the originals
             for seed, model in zip(seeds, models, strict=True):
                 save_weights(self.space.weights(f"{label}-{seed}"), model.state_dict())

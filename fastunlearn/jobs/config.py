@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+VALUES = 100_000  # values in a configuration: YAML can write a billion of them in ten lines
 Say = Callable[[str], None]  # where a run says what it is doing
 
 
@@ -54,12 +57,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
+            require_plain(getattr(self, f.name), f.name)
             check_type(getattr(self, f.name), str(f.type), f.name)
             value, least = getattr(self, f.name), LEAST.get(f.name)
             if least is not None and value is not None and value < least:
                 raise ConfigError(f"{f.name} must be {least} or more, got {value}")
-        if self.seed + self.seeds - 1 > LARGEST_SEED:
-            raise ConfigError(f"seed must be at most {LARGEST_SEED - self.seeds + 1}, got {self.seed}")
+            if f.name in MOST and value > MOST[f.name]:
+                raise ConfigError(f"{f.name} must be {MOST[f.name]} or less, got {value}")
+
         if self.stack not in ("auto", "stacked", "sequential"):
             raise ConfigError(f"stack must be auto, stacked or sequential, got {self.stack!r}")
 
@@ -108,13 +113,49 @@ HELP = {
 FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
 LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
          "seeds": 1}  # fmt: skip
-EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")  # YAML 1.1 wants a point and a sign as well
-LARGEST_SEED = 2**32 - 1  # that NumPy's generators take
+MOST = {
+    "bootstrap": 1_000_000,
+    "seed": 2**31 - 1,
+    "seeds": 2**31 - 1,
+}  # a seed and seeds added are a seed that NumPy takes
+FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
+# What PyYAML raises for brackets without end, and for values that are not what they are tagged as or look like.
+UNREADABLE = (RecursionError, ValueError, LookupError, AttributeError, TypeError)
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "dict": (dict,), "list": (list,), "float": (float, int),
 }  # fmt: skip
 _WORDS = {"str": "text", "int": "a whole number", "bool": "true or false", "dict": "a mapping", "list": "a list",
           "float": "a number"}  # fmt: skip
+
+
+def require_plain(value: Any, name: str) -> None:
+    """Raise ConfigError unless ``value`` is made of at most ``VALUES`` of what JSON has, with text for keys."""
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        if count > VALUES:
+            raise ConfigError(f"{name} holds more than {VALUES:,} values, or itself")
+        if isinstance(one, dict):
+            odd = next((key for key in one if not isinstance(key, str)), None)
+            if odd is not None:
+                raise ConfigError(f"{name}: the key {shown(odd)} must be text")
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif one is not None and not isinstance(one, (str, int, float)):
+            raise ConfigError(f"{name} holds {shown(one)}, a {type(one).__name__}; write a number, text, true or false")
+        elif isinstance(one, str) and "\0" in one:
+            raise ConfigError(f"{name} holds {shown(one)}, which has a NUL character")
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{name} holds {one}; numbers must be finite")
+
+
+def shown(value: Any) -> str:
+    """``repr`` of a value for a message, cut short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return " ".join(short.repr(value).split())
 
 
 def check_type(value: Any, annotation: str, name: str) -> None:
@@ -123,7 +164,7 @@ def check_type(value: Any, annotation: str, name: str) -> None:
     if value is None and annotation.endswith(" | None"):
         return
     if not isinstance(value, _TYPES[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be {_WORDS[kind]}, got {value!r}")
+        raise ConfigError(f"{name} must be {_WORDS[kind]}, got {shown(value)}")
 
 
 def is_plain(annotation: str) -> bool:
@@ -141,26 +182,17 @@ def flag_of(name: str) -> str:
     return "--" + FLAGS.get(name, name).replace("_", "-")
 
 
-def parse_yaml(text: str) -> Any:
-    """The value that ``text`` holds, as YAML 1.2 and Python read numbers: 1e-3 is one. Raises yaml.YAMLError."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
-    return yaml.load(text, Loader)
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The keys of a YAML file; raises ConfigError or OSError naming the file and the key."""
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
-        found = parse_yaml(text)
+        found = from_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -171,7 +203,7 @@ def read_config(path: Path) -> dict[str, Any]:
     names = [f.name for f in fields(Config)]
     for key in found:
         if key not in names:
-            raise ConfigError(f"{path}: unknown key {key!r}{_suggestion(str(key), names)}")
+            raise ConfigError(f"{path}: unknown key {shown(key)}{_suggestion(str(key), names)}")
     try:
         replace(Config(model=""), **found)
     except ConfigError as error:
@@ -188,11 +220,21 @@ def write_config(config: Config) -> str:
     """As YAML, every key with its value, so that it says the same whatever the defaults become."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        pass
+    return yaml.dump(config.as_dict(), Dumper=_with_floats(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
 
-    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # so a folder 1e3 is text
-    return yaml.dump(config.as_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+def from_yaml(text: str) -> Any:
+    """The value written there; 1e-3 is a number, which PyYAML takes for text. Raises as ``yaml.safe_load``."""
+    import yaml
+
+    return yaml.load(text, Loader=_with_floats(yaml.SafeLoader))  # no less safe
+
+
+def _with_floats(kind: Any) -> Any:
+    """A loader or dumper of PyYAML that knows floats without a point, as YAML 1.2 has them."""
+    extended: Any = type(kind.__name__, (kind,), {})
+    extended.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+    return extended
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -252,8 +294,8 @@ def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"{flag} takes KEY=VALUE, got {text!r}")
         try:
-            found[key] = parse_yaml(value)
-        except yaml.YAMLError as error:
+            found[key] = from_yaml(value)
+        except (yaml.YAMLError, *UNREADABLE) as error:
             raise ConfigError(f"{flag} {key}: {value!r} can not be read as a value") from error
     return found
 
@@ -264,6 +306,9 @@ def pick(kind: type, given: Mapping[str, Any], what: str) -> Any:
     for key in given:
         if key not in known:
             raise ConfigError(f"{what}: unknown key {key!r}{_suggestion(str(key), known)}")
+        annotation = next(str(f.type) for f in fields(kind) if f.name == key)
+        if is_plain(annotation):
+            check_type(given[key], annotation, f"{what}: {key}")
     try:
         return kind(**given)
     except ConfigError:

@@ -19,17 +19,17 @@ from fastunlearn.checkpoint import SUFFIXES, State, digest, load_into, load_weig
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
-from fastunlearn.jobs.config import Config, ConfigError, Say, flag_of, read_config, write_config
+from fastunlearn.jobs.config import Config, Say, read_config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
-from fastunlearn.jobs.task import Part, Task, open_task
-from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases
+from fastunlearn.jobs.task import Part, Task, naming, open_task
+from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
-from fastunlearn.report.log import locked, require_appendable
+from fastunlearn.report.log import locked, require_whole
 from fastunlearn.report.pictures import write_pictures
 from fastunlearn.report.record import (
     device_name,
@@ -63,10 +63,9 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     assert config.method is not None and config.out is not None
     out = Path(config.out).resolve()
     log = Path(config.log).resolve() if config.log is not None else out.parent / "log.jsonl"
-    _require_outside(config, out, log)
     if resume and (out / "record.json").exists():
         return out, _complete(out, log, config)
-    require_appendable(log)
+    _require_places(config, out, log, resume)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config)
     task.require_trained()
@@ -82,6 +81,19 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     finally:
         space.close()
     return out, findings
+
+
+def _require_places(config: Config, out: Path, log: Path, resume: bool) -> None:
+    """What would stop the run at its end is found before it begins."""
+    require_free(out, resume)
+    require_beside(out, log, "--log")
+    require_makeable(log, "--log")
+    with naming("--log"):
+        require_whole(log)
+    if config.cache is not None:
+        cache = Path(config.cache)
+        require_beside(out, cache, "--cache")
+        require_makeable(cache / "model", "--cache")
 
 
 class _Run:
@@ -257,17 +269,10 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
     for row, part in zip(keep, parts, strict=True):
         row[part.indices] = True
     start = time.perf_counter()
-    mode = cast(Mode, task.config.stack)  # checked when the configuration was made
+    # One model gains nothing by being stacked, and a stopwatch's choice between two roundings is no seed's.
+    mode = cast(Mode, task.config.stack) if len(parts) > 1 else "sequential"
     models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), mode, task.device)
     return models, (time.perf_counter() - start) / len(parts), report
-
-
-def _require_outside(config: Config, out: Path, log: Path) -> None:
-    """Neither log nor cache may lie in ``out``, which has to be absent until it appears as a whole."""
-    places = {"log": log} | ({} if config.cache is None else {"cache": Path(config.cache).resolve()})
-    for name, place in places.items():
-        if place.is_relative_to(out):
-            raise ConfigError(f"{flag_of(name)} {place} must not lie in --out {out}, which appears when all is done")
 
 
 def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
 from fastunlearn.jobs.findings import model_row
 from fastunlearn.jobs.measuring import Known, measure
 from fastunlearn.jobs.task import open_task
-from fastunlearn.jobs.workspace import Workspace
+from fastunlearn.jobs.workspace import Workspace, require_free
 from fastunlearn.report.html import write_report
 from fastunlearn.report.record import device_name, plain_limits, versions
 
@@ -23,6 +23,8 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
     """
     if config.reference == "retrain":
         raise ConfigError("reference: evaluate trains nothing; give --reference the weights of a retrained model")
+    if config.out is not None:
+        require_free(Path(config.out), resume=False)
     task = open_task(config)
     task.require_trained()
     reference = None

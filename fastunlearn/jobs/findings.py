@@ -14,20 +14,29 @@ NEAR_POINTS = 2.0  # points of accuracy that count as the same, beside what chan
 NEAR_AUC = 0.05
 
 
-def joined(values: Sequence[Any]) -> Any:
+# What a figure can be, by the name it goes by.
+RANGES = {
+    "accuracy": (0.0, 100.0), "svc": (0.0, 100.0), "auc": (0.0, 1.0), "tpr": (0.0, 1.0), "tow": (0.0, 1.0),
+    "js": (0.0, math.log(2)), "loss": (0.0, math.inf), "kl": (0.0, math.inf), "seconds": (0.0, math.inf),
+    "relearn": (0.0, math.inf),
+}  # fmt: skip
+
+
+def joined(values: Sequence[Any], within: tuple[float, float] = (-math.inf, math.inf)) -> Any:
     """The same tree as each of ``values`` with an :class:`Estimate` as a dict in place of every number.
 
-    Of one run, an estimate made within it (a bootstrap's) is kept; of several, the interval is that over the runs.
-    What is missing (None) in one run is missing.
+    Of one run, an estimate made within it (a bootstrap's) is kept; of several, the interval is that over the runs,
+    and within the range of the key above it in :data:`RANGES`. What is missing (None) in one run is missing.
     """
     first = values[0]
     if any(value is None for value in values):
         return None
     if _is_estimate(first):
-        return first if len(values) == 1 else Estimate.over([v["mean"] for v in values]).as_dict()
+        return first if len(values) == 1 else joined([v["mean"] for v in values], within)
     if isinstance(first, dict):
-        return {key: joined([v[key] for v in values]) for key in first if all(key in v for v in values)}
-    return Estimate.over(list(values)).as_dict()
+        shared = [key for key in first if all(key in v for v in values)]
+        return {key: joined([v[key] for v in values], RANGES.get(key, within)) for key in shared}
+    return Estimate.over(list(values)).within(*within).as_dict()
 
 
 def _is_estimate(value: Any) -> bool:

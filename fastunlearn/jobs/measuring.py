@@ -106,6 +106,8 @@ def measure(
     found["relearn"] = _relearn(task, model, known.goal, seed)
     found["probes"] = found["activation_distance"] = None
     found["notes"] = []
+    if "test" in ours and found["svc"] is None:
+        found["notes"].append("The SVC attack needs two retained and two test samples or more, and was not run.")
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
     try:
         found["probes"] = _probes(task, model)
@@ -156,11 +158,12 @@ def _attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]
         return nothing
     others = of.get(FORGOTTEN_TEST) or _like(of["test"], of["forget"])
     attacks = threshold_attacks(of["forget"], others, task.config.bootstrap, seed)
-    svc = svc_attack(of["retain"], of["test"], of["forget"], seed=seed)
+    enough = min(len(of["retain"]), len(of["test"])) > 1
+    svc = svc_attack(of["retain"], of["test"], of["forget"], seed=seed) if enough else None
     return {
         "attacks": {name: a.as_dict() for name, a in attacks.items()},
         "roc": {name: a.roc.thinned().as_dict() for name, a in attacks.items()},
-        "svc": svc.forget_as_member.as_dict(),
+        "svc": None if svc is None else svc.forget_as_member.as_dict(),
     }
 
 

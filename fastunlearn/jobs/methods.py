@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastunlearn.jobs.config import ConfigError, check_type, is_plain, pick
+from fastunlearn.jobs.config import ConfigError, check_type, is_plain, pick, shown
 from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
 from fastunlearn.methods.budget import Budget
 from fastunlearn.methods.class_forgetting import ClassForgetting
@@ -80,18 +80,19 @@ def make_method(name: str, settings: Mapping[str, Any], seed: int, build: Callab
             raise ConfigError(f"{what}: {key} can not be set here")
         if key in known and is_plain(known[key]):
             check_type(value, known[key], f"{what}: {key}")
-        elif isinstance(value, list):
-            values[key] = tuple(value)
-        elif value is not None and known.get(key, "").startswith(("tuple[", "Sequence[")):
-            values[key] = (value,)  # one name is a list of one, not of its letters
+        elif known.get(key, "").startswith(("tuple", "Sequence")):
+            if value is not None and not isinstance(value, list):
+                raise ConfigError(f"{what}: {key} must be a list, got {shown(value)}")
+            values[key] = None if value is None else tuple(value)
     if values.get("protect"):
-        values["protect"] = tuple(_layer_or_name(p) for p in values["protect"])
+        values["protect"] = tuple(_layer_or_name(p) for p in settings["protect"])
     if values.get("autocast") is not None:
         if values["autocast"] != "bfloat16":
             raise ConfigError(f"{what}: autocast must be bfloat16 or null, got {values['autocast']!r}")
         values["autocast"] = torch.bfloat16
     for key, part in (("privacy", Privacy), ("budget", Budget)):
-        if isinstance(values.get(key), dict):
+        if values.get(key) is not None:
+            check_type(values[key], "dict", f"{what}: {key}")
             values[key] = pick(part, values[key], f"{what}: {key}")
     if "seed" in known:
         values.setdefault("seed", seed)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from fastunlearn.checkpoint import digest, load_into, load_weights
 from fastunlearn.data import read
-from fastunlearn.evaluate.stacked import Recipe
+from fastunlearn.evaluate.stacked import Recipe, initial_model
 from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
+from fastunlearn.inputs.places import blaming
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, entry
 
@@ -214,7 +215,8 @@ def open_task(config: Config) -> Task:
         for name in ("test", "validation")
     )
     classes = _classes([p.samples for p in (forget, retain, test, validation) if p is not None])
-    model = make_model(config, len(classes))
+    # Seeded, so that an interrupted run without weights is known again when it goes on.
+    model = initial_model(lambda: make_model(config, len(classes)), config.seed)
     own = Path(config.model)
     weights = Path(config.weights) if config.weights is not None else None
     if weights is not None:
@@ -332,11 +334,8 @@ def _try(task: Task) -> None:
         few = replace(part, indices=part.indices[: min(2, len(part))])
         with preserved(task.model), torch.no_grad():
             batch = next(read(few.loader(2), name, task.device))
-            try:
+            with blaming(f"--model {task.config.model} can not run on {part.samples.source}: it"):
                 logits = batch.outputs(task.model)
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                line = " ".join(str(error).split())
-                raise ValueError(f"--model {task.config.model} can not run on {part.samples.source}: {line}") from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"--model {task.config.model} must return logits [samples, classes], it returns {shape}")

@@ -26,10 +26,6 @@ from .record import canonical, hashed_id, read_record, record_hash, salt_commitm
 
 FIELDS = ("record", "id", "created", "previous")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-TORN = (
-    "ends in part of a line, from an append that was cut off; append the record that it belongs to, or take that part "
-    "out"
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class HeldLog:
 
     @property
     def torn(self) -> bool:
-        """Whether it ends in part of a line."""
+        """Whether the log ends in part of a line."""
         return bool(self._torn)
 
     def has(self, identifier: str) -> bool:
@@ -71,7 +67,10 @@ class HeldLog:
         if self._lines and self._lines[-1] == line and not self._torn:
             return
         if not (line + b"\n").startswith(self._torn):
-            raise ValueError(f"{self.path}: {TORN}")
+            raise ValueError(
+                f"{self.path}: ends in part of a line, from an append that was cut off; append the record that it "
+                "belongs to, or take that part out"
+            )
         for number, earlier in enumerate(self._lines, 1):
             if json.loads(earlier)["id"] == record["id"]:
                 raise ValueError(f"{record_path}: the request {record['id']} is in {self.path} already, line {number}")
@@ -123,15 +122,6 @@ def locked(log: str | Path) -> Iterator[HeldLog]:
         yield HeldLog(log, file)
 
 
-def require_appendable(log: str | Path) -> None:
-    """Raise now what appending another record would raise later: OSError or ValueError. Makes no file."""
-    if not Path(log).exists():
-        return
-    with locked(log) as held:
-        if held.torn:
-            raise ValueError(f"{log}: {TORN}")
-
-
 def append(log: str | Path, record_path: str | Path) -> None:
     """Add the record's line to the log, on the disk when this returns; nothing when it is the last line already.
 
@@ -149,6 +139,21 @@ def last_hash(log: str | Path) -> str | None:
         return None
     with locked(log) as held:
         return held.last_hash
+
+
+def require_whole(log: str | Path) -> None:
+    """Raise, before a long run, what would keep its record from being appended; nothing for a log yet to be made.
+
+    OSError and ValueError as :func:`locked`, ValueError also for one that ends in part of a line.
+    """
+    if not Path(log).exists():
+        return
+    with locked(log) as held:
+        if held.torn:
+            raise ValueError(
+                f"{log}: ends in part of a line, from an append that was cut off; go on with the run that it belongs "
+                "to, or take that part out"
+            )
 
 
 def verify(
