@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import NET, Request, make_request
+from torch import nn
 
 from fastunlearn.checkpoint import digest, load_weights, save_weights
 from fastunlearn.cli import main
+from fastunlearn.jobs.config import Config
+from fastunlearn.jobs.methods import METHODS
+from fastunlearn.jobs.task import Task, open_task
+from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.report.record import weights_entry
 
 
@@ -115,3 +122,55 @@ def test_only_what_the_method_changed_counts_as_changed(request_: Request, dtype
     assert 0 < record["changed"]["net.3.weight"]["changed"] < record["changed"]["net.3.weight"]["of"]
     outcome = json.loads((request_.folder / "out" / "outcome.json").read_text())
     assert {k: v["changed"] for k, v in record["changed"].items() if v["changed"]} == outcome["changed"]
+
+
+def opened(request: Request, **more: Any) -> Task:
+    return open_task(
+        Config(
+            model=request.path("net.py") + ":net", weights=request.path("weights.safetensors"),
+            data=request.path("train.npz"), test=request.path("test.npz"), forget="class:1", **more,
+        )
+    )  # fmt: skip
+
+
+def test_what_is_measured_is_drawn_apart_from_what_the_method_sees(request_: Request) -> None:
+    """One seed for both draws would measure the retained accuracy on the very samples that the method was given."""
+    task = opened(request_, measured=45, method_samples=45)
+    _, seen, _ = task.batches("class-forgetting", task.config.seed)
+    both = int(torch.isin(seen.indices, task.measured.indices).sum())
+    assert len(task.retain) == 90 and 12 <= both <= 33  # 22.5 expected, 5 deviations to either side
+
+
+def test_validation_goes_to_the_methods_that_take_it(request_: Request) -> None:
+    task = opened(request_, validation=request_.path("test.npz"))
+    assert [name for name in METHODS if task.batches(name, 0)[2] is not None] == ["deepclean", "lcodec"]
+
+
+def test_a_part_of_the_retained_samples_is_said_to_be_one(request_: Request) -> None:
+    assert main(quick(request_, "--measured", "40")) == 0
+    findings = json.loads((request_.folder / "out" / "findings.json").read_text())
+    assert findings["request"]["samples"]["retain"] == 90
+    assert "Of the 90 retained samples 40, drawn at random, were measured." in findings["limits"]
+
+
+def test_u_lira_s_method_is_given_some_of_every_forgotten_class_and_the_validation(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples lie class by class, as in a folder of class folders, and the method takes a part of them."""
+    data = np.load(request_.path("train.npz"))
+    order = np.argsort(data["y"], kind="stable")
+    np.savez(request_.path("sorted.npz"), x=data["x"][order], y=data["y"][order])
+    seen: list[tuple[set[int], bool]] = []
+    unlearn = LCodec.unlearn
+
+    def watched(self: LCodec, model: nn.Module, forget: Any, retain: Any, **more: Any) -> Any:
+        seen.append((set(torch.cat([y for _, y in forget]).tolist()), "validation" in more))
+        return unlearn(self, model, forget, retain, **more)
+
+    monkeypatch.setattr(LCodec, "unlearn", watched)
+    flags = request_.of("lcodec", "--relearn", "0", "--no-probes", "--no-pictures")
+    budget = ("--set", "budget={max_drop: 50.0}", "--validation", request_.path("test.npz"))
+    shadows = ("--shadows", "8", "--training", "epochs=1", "--training", "batch_size=16", "--method-samples", "16")
+    more = ("--data", request_.path("sorted.npz"), "--forget", "class:0,1", "--set", "hessian_samples=8")
+    assert main(["unlearn", *flags, *budget, *shadows, *more]) == 0
+    assert len(seen) == 1 + 4 and seen == [({0, 1}, True)] * 5

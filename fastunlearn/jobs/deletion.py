@@ -251,7 +251,7 @@ class _Run:
 def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) -> tuple[Outcome, dict[str, Any]]:
     """Run the method on ``model`` in place; returns its account and the kernels it called, by operator."""
     forget, retain, validation = task.batches(name, seed)
-    extra = {} if validation is None or name not in ("deepclean", "lcodec") else {"validation": validation}
+    extra = {} if validation is None else {"validation": validation}
     torch.manual_seed(seed)
     with ops.counted() as calls:
         outcome: Outcome = method.unlearn(model, forget=forget, retain=retain, **extra)

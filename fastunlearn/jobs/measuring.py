@@ -106,6 +106,8 @@ def measure(
     found["relearn"] = _relearn(task, model, known.goal, seed)
     found["probes"] = found["activation_distance"] = None
     found["notes"] = []
+    if (drawn := len(task.measured)) < (there := len(task.retain)):
+        found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
     if "test" in ours and found["svc"] is None:
         found["notes"].append("The SVC attack needs two retained and two test samples or more, and was not run.")
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
