@@ -30,6 +30,7 @@ from fastunlearn import cli
 from fastunlearn.checkpoint import digest, load_weights
 from fastunlearn.jobs import deletion
 from fastunlearn.jobs.config import flag_of
+from fastunlearn.jobs.workspace import Workspace
 from fastunlearn.methods.deepclean import DeepClean
 from fastunlearn.patch import apply_patch, write_patch
 from fastunlearn.report.log import verify
@@ -876,6 +877,18 @@ def test_stopped_later_what_is_finished_is_kept_for_the_same_request_alone(
         assert snapshot(request_folder) == kept
     assert ends(unlearn(request_folder, "--resume"), capfd).code == 0
     assert unlearned(request_folder) == unlearned(finished)
+    assert not (request_folder / ".out.unfinished").exists()
+
+
+def test_what_another_process_is_working_on_is_left_to_it(
+    request_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    space = Workspace(request_folder / "out", {}, resume=False)
+    before = snapshot(request_folder)
+    ended = ends(unlearn(request_folder, "--resume"), capfd)
+    assert is_stopped(ended, 1, "another process is working on", "out") and len(ended.lines) == 1, ended
+    assert snapshot(request_folder) == before
+    space.close()
     assert not (request_folder / ".out.unfinished").exists()
 
 
