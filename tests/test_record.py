@@ -195,6 +195,29 @@ def test_no_id_no_salt_and_no_folder_is_in_a_record() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("clients/anna/set.npz", "set.npz"),
+        ("clients/anna/", "anna"),
+        ("clients/anna/set.tar.xz::train", "set.tar.xz::train"),
+        ("index:clients/anna/forget.txt", "index:forget.txt"),
+        ("predicate:clients/anna.py:old", "predicate:anna.py:old"),
+        ("clients/anna.py:net", "anna.py:net"),
+        ("clients\\anna\\set.npz", "set.npz"),
+        ("class:cat/dog", "class:cat/dog"),
+        ("package.module:net", "package.module:net"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("rest", "rest"),
+        (None, None),
+    ],
+)
+def test_relative_folders_are_left_out_of_what_names_a_file(spec: str | None, expected: str | None) -> None:
+    found = made(config={"data": spec, "note": "a/b"}, data={"source": spec or "", "digest": None, "samples": {}})
+    assert found["config"] == {"data": expected, "note": "a/b"}
+    assert found["data"]["source"] == (expected or "")
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("class:3", "class:3"),

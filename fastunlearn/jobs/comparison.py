@@ -41,6 +41,8 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     chosen = _chosen(config)
     require_free(Path(config.out), resume)
     task = open_task(config)
+    if task.weights is None or task.reference is None:
+        task.require_fresh()
     skipped: dict[str, str] = {}
     if not chosen:
         names, skipped = applicable(task)

@@ -26,6 +26,7 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
     if config.out is not None:
         require_free(Path(config.out), resume=False)
     task = open_task(config)
+    task.require_trained()
     reference = None
     if task.reference is not None:
         reference = task.copy()

@@ -106,6 +106,8 @@ def measure(
     found["confusion"] = _confusion(task, judge, [stacked[name] for name in stacked if name.startswith("test")])
     found["relearn"] = _relearn(task, model, known.goal, seed)
     found["probes"] = found["activation_distance"] = None
+    if (drawn := len(task.measured)) < (there := len(task.retain)):
+        found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
     try:
         found["probes"] = _probes(task, model)

@@ -32,6 +32,9 @@ from ..outcome import Outcome
 SCHEMA_VERSION = 1
 SALT_BYTES = 32
 LEFT_OUT = "[forgotten sample]"
+# Fields of the configuration and of the data that name a file, with or without a kind before it or a part after it.
+PLACES = ("model", "weights", "data", "forget", "retain", "test", "validation", "reference", "out", "log", "cache",
+          "source")  # fmt: skip
 # Where a file's path begins inside a text: at its start or after a sign, with a root of Unix, Windows or the home.
 ROOT = re.compile(r"(?:(?<=[\s:=@,;\"'(\[])|^)(?:file:/*)?(?:~[\w.-]*|[A-Za-z]:|\.{1,2})?[/\\]+(?=\S)")
 URL = re.compile(r"\b(?:https?|ftp|s3|gs|hf)://+$")
@@ -93,7 +96,8 @@ def weights_entry(path: str | Path, digest: str) -> dict[str, Any]:
     The SHA-256 is None where the weights are in no single file (a folder of shards, weights known by a name).
     """
     path = Path(path)
-    return {"file": path.name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
+    name = path.name or path.resolve().name or "weights"  # "." and "/" have none
+    return {"file": name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
 
 
 def record(
@@ -164,11 +168,11 @@ def record(
         "device": {"name": device_name(device), "type": device.type},
         "kernels": {name: dict(use) for name, use in kernels.items()},
         "changed": {name: dict(count) for name, count in changed.items()},
-        "data": _cleared(data, hidden),
+        "data": _without_folders(_cleared(data, hidden)),
         "metrics": _cleared(list(metrics), hidden),
         "limits": list(limits),
         "previous": previous,
-        "config": _cleared(config, hidden),
+        "config": _without_folders(_cleared(config, hidden)),
     }
     validate(made)
     return made
@@ -325,6 +329,21 @@ def _require_json(value: Any, where: str, source: str) -> None:
             _require_json(item, f"{where}[{i}]", source)
     elif value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"{source}: {where}: a {type(value).__name__} cannot be written as JSON")
+
+
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the names of what lies in relative folders; elsewhere a/b may be no path at all."""
+    return {key: _named(value) if key in PLACES and isinstance(value, str) else value for key, value in values.items()}
+
+
+def _named(spec: str) -> str:
+    """``index:lists/forget.txt`` as ``index:forget.txt``, ``nets/small.py:net`` as ``small.py:net``."""
+    kind, colon, rest = spec.partition(":")
+    if kind in ("class", "classes") or URL.search(spec.partition("//")[0] + "//"):
+        return spec
+    if not colon or "/" in kind or "\\" in kind:
+        kind, colon, rest = "", "", spec
+    return kind + colon + re.split(r"[/\\]+", rest.rstrip("/\\"))[-1]
 
 
 def _cleared(value: Any, hidden: frozenset[str]) -> Any:
