@@ -303,8 +303,10 @@ def test_the_peak_is_neither_less_than_what_is_used_nor_twice_that(tmp_path: Pat
     """Of two processes that do nothing else, on a model of 1.5 million weights (6 MB)."""
     request = make_request(tmp_path)
     (tmp_path / "wide.py").write_text(WIDE)
-    flags = ["--model", f"{request.path('wide.py')}:net", "--data", request.path("train.npz"), "--forget", "class:1",
-             "--test", request.path("test.npz"), "--method", method, "--relearn", "0", "--bootstrap", "20", "--no-probes"]  # fmt: skip
+    flags = [
+        "--model", f"{request.path('wide.py')}:net", "--data", request.path("train.npz"), "--forget", "class:1",
+        "--test", request.path("test.npz"), "--method", method, "--relearn", "0", "--bootstrap", "20", "--no-probes",
+    ]  # fmt: skip
 
     def run(command: str, *more: str) -> str:
         done = subprocess.run(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import Retrain
-from fastunlearn.evaluate.stacked import Recipe, Shuffled, TensorSamples, initial_model, train_models
+from fastunlearn.evaluate.stacked import (
+    Mode,
+    Recipe,
+    Shuffled,
+    TensorSamples,
+    batch_sizes,
+    initial_model,
+    train_models,
+)
 
 RECIPE = Recipe(epochs=3, lr=0.01, weight_decay=0.02, batch_size=8)
 
@@ -237,6 +245,28 @@ def test_every_order_is_a_permutation_and_its_own() -> None:
     orders = [torch.cat(shuffled.order(epoch)) for epoch in range(3)]
     assert all(torch.equal(order.sort().values, torch.arange(10, 35)) for order in orders)
     assert not torch.equal(orders[0], orders[1])
-    assert len(shuffled) == 4
+    assert len(shuffled) == 3  # 25 samples: 8, 8 and 9
     read = [torch.cat([inputs for inputs, _ in shuffled]) for _ in range(2)]
     assert all(torch.equal(found, x[order]) for found, order in zip(read, orders, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"), [(1, [1]), (4, [4]), (5, [5]), (8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2])]
+)
+def test_a_single_sample_that_is_left_joins_the_batch_before_it(samples: int, sizes: list[int]) -> None:
+    assert batch_sizes(samples, 4) == sizes
+    shuffled = Shuffled(TensorSamples(torch.rand(12, 2), torch.zeros(12)), torch.arange(samples), 4, seed=0)
+    assert [len(batch) for batch in shuffled.order(3)] == sizes and len(shuffled) == len(sizes)
+    assert torch.equal(torch.cat(shuffled.order(3)).sort().values, torch.arange(samples))
+    assert Recipe(epochs=3, batch_size=4).steps(samples) == 3 * len(sizes)
+
+
+@pytest.mark.parametrize("mode", ["stacked", "sequential"])
+def test_batch_norm_learns_from_one_sample_more_than_whole_batches(mode: Mode) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+    x, y = torch.rand(9, 3), torch.arange(9) % 2
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    models, _ = train_models(build, Recipe(epochs=2, batch_size=4), x, y, keep, [0, 1], mode)
+    assert all(bool(torch.isfinite(model(x)).all()) for model in models)

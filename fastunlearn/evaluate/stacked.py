@@ -76,7 +76,7 @@ class Recipe:
         epochs: passes over the model's own samples.
         lr: peak of the one-cycle learning rate.
         weight_decay: of AdamW.
-        batch_size: samples a step; the last step of an epoch takes what is left.
+        batch_size: samples a step; the last step of an epoch takes what is left, see :func:`batch_sizes`.
 
     Raises ValueError for numbers that can not be.
     """
@@ -94,7 +94,17 @@ class Recipe:
 
     def steps(self, samples: int) -> int:
         """Optimiser steps that one model on so many samples takes."""
-        return self.epochs * -(-samples // self.batch_size)
+        return self.epochs * len(batch_sizes(samples, self.batch_size))
+
+
+def batch_sizes(samples: int, batch_size: int) -> list[int]:
+    """Of one epoch: full batches, then what is left; a single one that is left joins the batch before it, for batch
+    norm has no statistics of one sample."""
+    full, left = divmod(samples, batch_size)
+    sizes = [batch_size] * full + [left] * (left > 0)
+    if full and left == 1:
+        sizes[-2:] = [batch_size + 1]
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -125,10 +135,11 @@ class Shuffled:
     def order(self, epoch: int) -> tuple[Tensor, ...]:
         """The indices of every batch of pass ``epoch``."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-        return torch.split(self.indices[torch.randperm(len(self.indices), generator=generator)], self.batch_size)
+        shuffled = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        return torch.split(shuffled, batch_sizes(len(shuffled), self.batch_size))
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(batch_sizes(len(self.indices), self.batch_size))
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         epoch, self.passes = self.passes, self.passes + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fastunlearn.data import FirstSamples
 from fastunlearn.evaluate.lira import Lira, ULira, membership, u_lira
 from fastunlearn.evaluate.shadows import ShadowModels
-from fastunlearn.evaluate.stacked import Mode
+from fastunlearn.evaluate.stacked import Mode, derived_seed
 from fastunlearn.jobs.config import ConfigError, Say
+from fastunlearn.jobs.findings import sentences
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
@@ -70,7 +71,12 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     assert config.method is not None and task.test is not None
     others = task.sets.get(FORGOTTEN_TEST, task.test)
     rest = Part("test", task.test.samples, task.test.indices[~torch.isin(task.test.indices, others.indices)])
-    pool = Pool([task.forget, task.retain, others, *([rest] if len(rest) else [])])
+    # In a drawn order, so that a method that takes the first so many gets some of every class.
+    order = torch.randperm(
+        len(task.forget), generator=torch.Generator().manual_seed(derived_seed(config.seed, "forget"))
+    )
+    forgotten = replace(task.forget, indices=task.forget.indices[order])
+    pool = Pool([forgotten, task.retain, others, *([rest] if len(rest) else [])])
     forget = pool.of(0)
     mode = cast(Mode, config.stack)  # checked when the configuration was made
     shadows = ShadowModels(
@@ -80,23 +86,33 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     shadows.train()
     kind = entry(config.method)
     count = config.method_samples or kind.samples
+    _, _, held = task.batches(config.method, config.seed)
+    extra = {} if held is None else {"validation": held}
 
     def unlearn(model: nn.Module, forget: Any, retain: Any, seed: int) -> object:
         assert config.method is not None
         method = make_method(config.method, config.settings, seed, task.fresh)
-        return method.unlearn(model.eval(), forget=FirstSamples(forget, count), retain=FirstSamples(retain, count))
+        forget, retain = FirstSamples(forget, count), FirstSamples(retain, count)
+        return method.unlearn(model.eval(), forget=forget, retain=retain, **extra)
 
     say(f"U-LiRA: {config.method} on the shadow models")
-    settings = {**config.settings, "samples": count}
+    validation = None if held is None else held.samples.digest()
+    settings = {**config.settings, "samples": count, "validation": validation}
     found = u_lira(shadows, unlearn, forget, config.method, settings, models["unlearned"], seed=config.seed)
     attack = partial(membership, shadows=shadows, members=forget, others=pool.of(2), seed=config.seed)
     results = {role: {"LiRA": attack(model, resamples=config.bootstrap)} for role, model in models.items()}
+    limits = [*found.limits, *(limit for attacks in results.values() for a in attacks.values() for limit in a.limits)]
+    if task.whole_classes:
+        limits.append(
+            "the shadow models learn from test samples of the forgotten classes: LiRA and U-LiRA look for the "
+            "forgotten samples, not for their classes"
+        )
     per_role: dict[str, dict[str, Lira | ULira]] = {role: dict(attacks) for role, attacks in results.items()}
     per_role["unlearned"]["U-LiRA"] = found
     return {
         "attacks": {role: {n: _figures(a) for n, a in attacks.items()} for role, attacks in per_role.items()},
         "roc": {role: {n: a.roc.thinned().as_dict() for n, a in attacks.items()} for role, attacks in per_role.items()},
-        "limits": sorted({limit[0].upper() + limit[1:] + "." for limit in found.limits}),
+        "limits": sentences(limits),
     }
 
 

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fastunlearn import ops
-from fastunlearn.checkpoint import digest, load_into, load_weights, save_weights
+from fastunlearn.checkpoint import SUFFIXES, State, digest, load_into, load_weights, save_weights
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
-from fastunlearn.jobs.config import Config, Say, write_config
+from fastunlearn.jobs.config import Config, Say, read_config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
@@ -69,8 +68,11 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     _require_places(config, out, log, resume)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config)
+    task.require_trained()
     if config.shadows:
         require_attackable(task)
+    if config.shadows or "retrain" in (config.method, config.reference):
+        task.require_fresh()
     space = Workspace(out, task.identity(), resume)
     try:
         run = _Run(task, space, say)
@@ -134,14 +136,14 @@ class _Run:
             cache = Path(config.cache) if config.cache is not None else self.space.out.parent / ".shadows"
             by_role = {role: model for _, role, model, _ in models}
             extra = phase("shadows", lambda: shadow_attacks(task, by_role, cache, self.say))
-            notes += extra["limits"]
+            notes += [limit for limit in extra["limits"] if limit not in notes]
             for row in rows:
                 row["attacks"] |= extra["attacks"][row["role"]]
                 rocs[row["name"]] |= extra["roc"][row["role"]]
         after = load_weights(self.space.weights("unlearned"))
         attacks = list(rows[1]["attacks"])
         samples = {n: len(part) for n, part in task.sets.items()} | {"retain": len(task.retain)}
-        limits = plain_limits(method=name, reference=reference is not None, attacks=attacks, samples=samples)
+        limits = plain_limits(method=name, reference=reference is not None, attacks=attacks)
         return {
             "title": f"Unlearning {config.forget}",
             "verdict": verdict(rows[1], rows[0], rows[2] if len(rows) > 2 else None, len(task.forget)),
@@ -168,7 +170,8 @@ class _Run:
         task, config, space = self.task, self.config, self.space
         outcome = space.phase("unlearn", self._unlearn)
         after = load_weights(space.weights("unlearned"))
-        suffix = task.weights.suffix if task.weights is not None and task.weights.is_file() else ".safetensors"
+        own = "" if task.weights is None else task.weights.suffix  # a folder has none, an index of shards .json
+        suffix = own if own in SUFFIXES else ".safetensors"
         checkpoint = space.path / f"model{suffix}"
         save_weights(checkpoint, after, like=task.weights)
         write_patch(space.path / "patch.safetensors", self.before, after)
@@ -213,10 +216,8 @@ class _Run:
         model = task.copy()
         self.say(f"{config.method}: forgetting {len(task.forget):,} of {len(task.forget) + len(task.retain):,} samples")
         outcome, kernels = run_method(task, config.method, method, model, config.seed)
-        state = _on_cpu(model.state_dict())
-        save_weights(
-            self.space.weights("unlearned"), {name: state[name].to(old.dtype) for name, old in self.before.items()}
-        )
+        after = _as_stored(self.before, task.model.state_dict(), model.state_dict())
+        save_weights(self.space.weights("unlearned"), after)
         return {**outcome.as_dict(), "kernels": kernels}
 
     def _retrain(self) -> float:
@@ -250,7 +251,7 @@ class _Run:
 def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) -> tuple[Outcome, dict[str, Any]]:
     """Run the method on ``model`` in place; returns its account and the kernels it called, by operator."""
     forget, retain, validation = task.batches(name, seed)
-    extra = {} if validation is None or name not in ("deepclean", "lcodec") else {"validation": validation}
+    extra = {} if validation is None else {"validation": validation}
     torch.manual_seed(seed)
     with ops.counted() as calls:
         outcome: Outcome = method.unlearn(model, forget=forget, retain=retain, **extra)
@@ -276,7 +277,7 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
 
 def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     """Results are there: make sure that they are what was asked for, and in the log; their findings."""
-    written = yaml.safe_load((out / "config.yaml").read_text())
+    written = read_config(out / "config.yaml")
     for key, value in config.as_dict().items():
         if key not in ("out", "log", "cache") and written.get(key) != value:
             raise ValueError(f"{out} holds the results for another {key}: {written.get(key)!r}, now {value!r}")
@@ -298,6 +299,16 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _as_stored(stored: State, loaded: State, changed: State) -> dict[str, Tensor]:
+    """``changed`` in the names and types of the file; what the model has unchanged keeps the file's bits, which a model
+    of lower precision than the file has rounded."""
+    after = {}
+    for name, old in stored.items():
+        new = changed[name].detach().cpu()
+        after[name] = torch.where(new == loaded[name].cpu(), old, new.to(old.dtype))
+    return after
 
 
 def _identifier() -> dict[str, str]:

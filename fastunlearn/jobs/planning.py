@@ -162,8 +162,10 @@ def _measure(task: Task) -> _Rates:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             train(next(read(loader, "retain", task.device)))
         own = task.retain.loader(task.recipe.batch_size)
-        paces = [_pace(*each, task.device) for each in ((loader, forward), (loader, train), (own, retrain))]
-    return _Rates(*paces, kept)
+        return _Rates(
+            _pace(loader, forward, task.device), _pace(loader, train, task.device), _pace(own, retrain, task.device),
+            kept,
+        )  # fmt: skip
 
 
 def _pace(loader: Loader, run: Callable[[Batch], object], device: torch.device) -> float:

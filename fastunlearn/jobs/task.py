@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fastunlearn.checkpoint import digest, load_into, load_weights
 from fastunlearn.data import read
-from fastunlearn.evaluate.stacked import Recipe, initial_model
+from fastunlearn.evaluate.stacked import Recipe, derived_seed, initial_model
 from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
 from fastunlearn.inputs.places import blaming
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
-from fastunlearn.jobs.methods import METHODS, entry
+from fastunlearn.jobs.methods import METHODS, TAKES_VALIDATION, entry
 
 FORGOTTEN_TEST = "test of forgotten"  # test samples of the classes that are forgotten
 
@@ -143,16 +143,34 @@ class Task:
         """A newly made model, with weights of its own, on the device."""
         return make_model(self.config, len(self.classes), fresh=True).to(self.device)
 
+    def require_trained(self) -> None:
+        """Raise ConfigError where the model's weights are newly drawn ones, which know nothing to unlearn."""
+        if self.weights is None and digest(make_model(self.config, len(self.classes)).state_dict()) != self.digest:
+            raise ConfigError(
+                f"weights is missing: the model of --model {self.config.model} has new random weights each time; "
+                "give --weights"
+            )
+
+    def require_fresh(self) -> None:
+        """Raise ValueError where a newly made model has the original's weights: training it is no retraining."""
+        state = self.fresh().state_dict()
+        drawn = any(bool((value != value.flatten()[0]).any()) for value in state.values() if value.numel())
+        if drawn and digest(state) == self.digest:
+            raise ValueError(
+                f"--model {self.config.model} makes a model that has the original's weights from the start, so it can "
+                "not be retrained without the forgotten samples; let it make new ones, and give those with --weights"
+            )
+
     def copy(self) -> nn.Module:
         """The model, to be changed."""
         return copy.deepcopy(self.model)
 
     def batches(self, method: str, seed: int) -> tuple[Loader, Loader, Loader | None]:
-        """Forget, retain and validation batches as the method reads them."""
+        """Forget, retain and validation batches as the method reads them; None for those that it does not take."""
         kind, size = entry(method), self.config.batch_size
         count = self.config.method_samples or kind.samples
         forget, retain = self.forget.evenly(count, seed), self.retain.evenly(count, seed)
-        held = None if self.validation is None else self.validation.loader(size)
+        held = self.validation.loader(size) if self.validation is not None and method in TAKES_VALIDATION else None
         return forget.loader(size), retain.loader(size, shuffle=kind.shuffled, seed=seed), held
 
     def identity(self) -> dict[str, Any]:
@@ -216,9 +234,10 @@ def open_task(config: Config) -> Task:
             reference = load_weights(Path(config.reference))
             load_into(copy.deepcopy(model), reference, config.reference)
     recipe = pick(Recipe, config.training, "training")
+    # Another draw than those of the methods, or what is measured would be what they have seen.
+    measured = retain.at_most(config.measured, derived_seed(config.seed, "measured"))
     task = Task(
-        config, device, model, weights, forget, retain, retain.at_most(config.measured, config.seed), test,
-        validation, reference, recipe, classes,
+        config, device, model, weights, forget, retain, measured, test, validation, reference, recipe, classes,
     )  # fmt: skip
     _try(task)
     return task

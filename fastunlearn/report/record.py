@@ -32,6 +32,9 @@ from ..outcome import Outcome
 SCHEMA_VERSION = 1
 SALT_BYTES = 32
 LEFT_OUT = "[forgotten sample]"
+# Fields of the configuration and of the data that name a file, with or without a kind before it or a part after it.
+PLACES = ("model", "weights", "data", "forget", "retain", "test", "validation", "reference", "out", "log", "cache",
+          "source")  # fmt: skip
 # Where a file's path begins inside a text: at its start or after a sign, with a root of Unix, Windows or the home.
 ROOT = re.compile(r"(?:(?<=[\s:=@,;\"'(\[])|^)(?:file:/*)?(?:~[\w.-]*|[A-Za-z]:|\.{1,2})?[/\\]+(?=\S)")
 URL = re.compile(r"\b(?:https?|ftp|s3|gs|hf)://+$")
@@ -93,7 +96,8 @@ def weights_entry(path: str | Path, digest: str) -> dict[str, Any]:
     The SHA-256 is None where the weights are in no single file (a folder of shards, weights known by a name).
     """
     path = Path(path)
-    return {"file": path.name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
+    name = path.name or path.resolve().name or "weights"  # "." and "/" have none
+    return {"file": name, "sha256": sha256_of_file(path) if path.is_file() else None, "digest": digest}
 
 
 def record(
@@ -164,11 +168,11 @@ def record(
         "device": {"name": device_name(device), "type": device.type},
         "kernels": {name: dict(use) for name, use in kernels.items()},
         "changed": {name: dict(count) for name, count in changed.items()},
-        "data": _cleared(data, hidden),
+        "data": _without_folders(_cleared(data, hidden)),
         "metrics": _cleared(list(metrics), hidden),
         "limits": list(limits),
         "previous": previous,
-        "config": _cleared(config, hidden),
+        "config": _without_folders(_cleared(config, hidden)),
     }
     validate(made)
     return made
@@ -176,27 +180,28 @@ def record(
 
 def plain_limits(
     *,
-    method: str,
+    method: str | None,
     reference: bool,
     runs: int = 1,
     attacks: Sequence[str] = (),
-    samples: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What the figures do not show, as sentences for someone who does not know the field.
 
     Args:
-        method: its name.
+        method: its name; None where nothing was unlearned, only measured.
         reference: whether a model was retrained without the data and compared with.
         runs: over how many seeds the figures are.
         attacks: names of the membership attacks that were run; one whose name contains ``lira`` is per example.
-        samples: of the sets ``forget`` and ``test``, where they were attacked.
     """
-    found = [
-        "This record says what was run and what was measured; it is not a proof of erasure.",
-        f"{method} is approximate: nothing guarantees that these are weights which training without the data would "
-        "have led to.",
-        "Only the weights named here were changed: not copies of the model, nor backups, logs or the data themselves.",
-    ]
+    found = ["This report says what was measured; it is not a proof of erasure."]
+    if method is not None:
+        found = [
+            "This record says what was run and what was measured; it is not a proof of erasure.",
+            f"{method} is approximate: nothing guarantees that these are weights which training without the data would "
+            "have led to.",
+            "Only the weights named here were changed: not copies of the model, nor backups, logs or the data "
+            "themselves.",
+        ]
     if not reference:
         found.append("No model was retrained without the data, so the distance from one was not measured.")
     if runs == 1:
@@ -214,11 +219,6 @@ def plain_limits(
                 "These attacks put one threshold to all samples, which overstates how well single samples are "
                 "protected; no attack per example (U-LiRA) was run."
             )
-        for rate, text in ((0.001, "0.1 %"), (0.01, "1 %")):
-            tested = (samples or {}).get("test")
-            if tested is not None and tested * rate < 1:
-                found.append(f"With {tested} test samples a false positive rate of {text} is less than one sample.")
-                break
     return found
 
 
@@ -329,6 +329,21 @@ def _require_json(value: Any, where: str, source: str) -> None:
             _require_json(item, f"{where}[{i}]", source)
     elif value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"{source}: {where}: a {type(value).__name__} cannot be written as JSON")
+
+
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the names of what lies in relative folders; elsewhere a/b may be no path at all."""
+    return {key: _named(value) if key in PLACES and isinstance(value, str) else value for key, value in values.items()}
+
+
+def _named(spec: str) -> str:
+    """``index:lists/forget.txt`` as ``index:forget.txt``, ``nets/small.py:net`` as ``small.py:net``."""
+    kind, colon, rest = spec.partition(":")
+    if kind in ("class", "classes") or URL.search(spec.partition("//")[0] + "//"):
+        return spec
+    if not colon or "/" in kind or "\\" in kind:
+        kind, colon, rest = "", "", spec
+    return kind + colon + re.split(r"[/\\]+", rest.rstrip("/\\"))[-1]
 
 
 def _cleared(value: Any, hidden: frozenset[str]) -> Any:
