@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from commands import QUICK, Request, make_request
+from safetensors.torch import save_file
 from torch import nn
 
 from fastunlearn import cli
@@ -303,9 +304,14 @@ def test_the_peak_is_neither_less_than_what_is_used_nor_twice_that(tmp_path: Pat
     """Of two processes that do nothing else, on a model of 1.5 million weights (6 MB)."""
     request = make_request(tmp_path)
     (tmp_path / "wide.py").write_text(WIDE)
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(36, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.ReLU(),
+                         nn.Linear(1200, 4))  # fmt: skip
+    save_file(wide.state_dict(), request.path("wide.safetensors"))
     flags = [
         "--model", f"{request.path('wide.py')}:net", "--data", request.path("train.npz"), "--forget", "class:1",
-        "--test", request.path("test.npz"), "--method", method, "--relearn", "0", "--bootstrap", "20", "--no-probes",
+        "--weights", request.path("wide.safetensors"), "--test", request.path("test.npz"), "--method", method,
+        "--relearn", "0", "--bootstrap", "20", "--no-probes",
     ]  # fmt: skip
 
     def run(command: str, *more: str) -> str:
