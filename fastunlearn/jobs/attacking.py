@@ -63,8 +63,10 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     """LiRA on every model by role, forgotten samples against test samples, and U-LiRA on the method.
 
     The shadow models are trained on halves of training and test data together, of which each sees all of the forgotten
-    samples or none, so that those without are what retraining makes. They depend on the data, the recipe and the seed
-    and not on the method, and are kept in ``cache``: another method's run trains none. Cost: ``config.shadows``
+    samples or none, so that those without are what retraining makes. Where whole classes are forgotten, it is all of
+    the classes or nothing, their test samples with them, and these are forgotten by the shadow models, too: a model
+    that knows a class from its test samples is not one that never saw it. They depend on the data, the recipe and the
+    seed and not on the method, and are kept in ``cache``: another method's run trains none. Cost: ``config.shadows``
     trainings on half of the data, stated before they start; a run of the method on each that saw the forgotten samples.
     """
     config = task.config
@@ -78,9 +80,11 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     forgotten = replace(task.forget, indices=task.forget.indices[order])
     pool = Pool([forgotten, task.retain, others, *([rest] if len(rest) else [])])
     forget = pool.of(0)
+    of_classes = bool(torch.isin(others.labels, torch.tensor(task.whole_classes, dtype=torch.int64)).all())
+    together = torch.cat([forget, pool.of(2)]) if of_classes else forget
     mode = cast(Mode, config.stack)  # checked when the configuration was made
     shadows = ShadowModels(
-        task.fresh, task.recipe, pool, config.shadows, config.seed, cache, 0.5, forget, mode, task.device
+        task.fresh, task.recipe, pool, config.shadows, config.seed, cache, 0.5, together, mode, task.device
     )
     say(str(shadows.plan()))
     shadows.train()
@@ -98,15 +102,10 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     say(f"U-LiRA: {config.method} on the shadow models")
     validation = None if held is None else held.samples.digest()
     settings = {**config.settings, "samples": count, "validation": validation}
-    found = u_lira(shadows, unlearn, forget, config.method, settings, models["unlearned"], seed=config.seed)
+    found = u_lira(shadows, unlearn, together, config.method, settings, models["unlearned"], seed=config.seed)
     attack = partial(membership, shadows=shadows, members=forget, others=pool.of(2), seed=config.seed)
     results = {role: {"LiRA": attack(model, resamples=config.bootstrap)} for role, model in models.items()}
     limits = [*found.limits, *(limit for attacks in results.values() for a in attacks.values() for limit in a.limits)]
-    if task.whole_classes:
-        limits.append(
-            "the shadow models learn from test samples of the forgotten classes: LiRA and U-LiRA look for the "
-            "forgotten samples, not for their classes"
-        )
     per_role: dict[str, dict[str, Lira | ULira]] = {role: dict(attacks) for role, attacks in results.items()}
     per_role["unlearned"]["U-LiRA"] = found
     return {
