@@ -151,7 +151,8 @@ class _Run:
                         "data": config.data or config.forget, "model": config.model},
             "models": rows,
             "roc": rocs,
-            "layers": layer_changes(self.before, after),
+            # Files have an order of their own.
+            "layers": layer_changes({n: self.before[n] for n in task.model.state_dict() if n in self.before}, after),
             "probes": None if None in probes.values() else probes,
             "activation_distance": None if None in distances.values() else distances,
             "confusion": _confusion(task, confusions),
