@@ -360,6 +360,22 @@ def test_whiskers_are_explained_where_there_are_any() -> None:
     assert "Whiskers" not in glance and "The line is the retrained model" in glance
 
 
+def test_rounding_is_not_shown_as_a_distance_and_zero_has_no_sign() -> None:
+    findings = unlearn_findings()
+    findings["models"][-1]["js"] = {"forget": estimate(6.59e-18), "retain": estimate(-0.0), "test": estimate(2e-6)}
+    shown = words(render(findings))
+    assert "e\u221218" not in shown and "\u22120.00" not in shown and "2.00e\u221206" in shown
+
+
+def test_an_attack_on_one_model_alone_leaves_room_for_one_that_compares() -> None:
+    findings = unlearn_findings()
+    findings["models"][1]["attacks"]["alone"] = {"auc": estimate(0.999, 0.001), "tpr": {}}
+    page = render(findings)
+    glance = words(page[page.index('<section id="glance"') : page.index('<section id="request"')])
+    assert "AUC of the strongest attack, alone ;" in words(page)
+    assert re.search(r"\bAttack \([^)]+\), AUC", glance) and "Strongest attack" not in glance
+
+
 def test_the_strongest_attack_is_the_one_that_tells_unlearned_from_retrained_best() -> None:
     findings = unlearn_findings()
     findings["models"][1]["attacks"]["entropy"]["auc"] = estimate(0.41, 0.02)  # below a coin toss gives away as well

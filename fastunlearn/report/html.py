@@ -180,7 +180,12 @@ def _decimals(places: int, factor: float = 1.0) -> Callable[[float], str]:
 
 
 def _digits(value: float) -> str:
-    return _signed(f"{value:#.3g}".removesuffix("."))
+    return _signed(f"{value + 0.0:#.3g}".removesuffix("."))  # no negative zero
+
+
+def _distance(value: float) -> str:
+    """Of quantities around 1 in float64: 1e-17 is a zero that was rounded."""
+    return _digits(value if abs(value) >= 1e-12 else 0.0)
 
 
 def _steps(value: float) -> str:
@@ -372,8 +377,10 @@ def _glance(view: View) -> str:
     for name in view.sets():
         title = f"Accuracy on {_data(name)}, %"
         figures.append(_compared(view, title, partial(_of, key="accuracy", part=name), PERCENT1, 4.0, (0, 100)))
-    for attack in view.attacks()[:1]:
-        title = f"Strongest attack ({shorten(attack, 24)}), AUC"
+    shared = [a for a in view.attacks() if sum(_attack(m, a) is not None for m in view.models) > 1]
+    for attack in shared[:1]:
+        which = "Strongest attack" if attack == view.attacks()[0] else "Attack"
+        title = f"{which} ({shorten(attack, 24)}), AUC"
         figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1, (0, 1)))
     figures = [figure for figure in figures if figure]
     shown = ["Whiskers are 95 % intervals."] if "whisker" in "".join(figures) else []
@@ -492,7 +499,8 @@ def _finer(view: View) -> str:
     for key, name in (("loss", "loss"), ("kl", "KL to retrained"), ("js", "JS to retrained")):
         for s in view.sets(key):
             label = f"{name}, {SET_NAMES.get(s, s)}"
-            lines.append((label, partial(_of, key=key, part=s), _digits, key == "loss"))
+            write = _digits if key == "loss" else _distance
+            lines.append((label, partial(_of, key=key, part=s), write, key == "loss"))
     lines.append(("ToW (1 is retrained)", lambda m: m.get("tow"), AUC, False))
     lines = [line for line in lines if any(_mean(line[1](m)) is not None for m in view.models)]
     tables = []
@@ -707,7 +715,7 @@ def _layers(view: View) -> str:
     shown = most_changed(every, lambda y: finite(y.get("relative_change")) or share(y), MOST_LAYERS)
     changed, of = (sum(int(finite(y.get(k)) or 0) for y in every) for k in ("changed", "of"))
     part = 100 * changed / max(of, 1)
-    total = f"{changed:,} of {of:,} weights changed ({part:.3g}\u202f%), in {len(every):,} parameters."
+    total = f"{changed:,} of {of:,} weights changed ({part:.3g}\u202f%), in {len(every):,} tensors."
     if len(shown) < len(every):
         kept = {id(y) for y in shown}
         left = [y for y in every if id(y) not in kept]
