@@ -20,6 +20,15 @@ from fastunlearn.evaluate import membership_auc, metrics, predict
 from fastunlearn.evaluate.metrics import ClassMetrics, Metrics
 
 
+def test_a_sample_whose_logits_are_nan_is_not_right() -> None:
+    nan = math.nan
+    logits = torch.tensor([[nan, nan, nan], [0.0, nan, 2.0], [3.0, 1.0, 2.0], [-math.inf, math.inf, 0.0]])
+    identity = nn.PReLU(init=1.0)
+    found = evaluate(identity, forget=[(logits, torch.tensor([0, 1, 0, 1]))])
+    assert found.accuracy["forget"] == 50 and math.isnan(found.loss["forget"])
+    assert {cls: m.accuracy for cls, m in found.per_class["forget"].items()} == {0: 50, 1: 50}
+
+
 def test_accuracy_and_loss_are_means_over_samples() -> None:
     model, forget, retain = classifier()
     metrics = evaluate(model, forget=forget, retain=retain)

@@ -248,9 +248,14 @@ def _scores(logits: Any, batch: Batch, name: str, loss_fn: LossFunction | None) 
         losses = cross_entropy_by_position(logits, targets)
     else:
         losses = torch.full(targets.shape, math.nan)
-    return _Scores(
-        targets.flatten().long(), (predicted == targets).flatten(), losses.flatten().float(), sample_losses.float()
-    )
+    right = _right(logits, targets)
+    return _Scores(targets.flatten().long(), right.flatten(), losses.flatten().float(), sample_losses.float())
+
+
+def _right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the largest logit is the target's; where one is NaN, which argmax takes for the largest, none is."""
+    highest, predicted = logits.max(1)
+    return (predicted == targets) & ~highest.isnan()
 
 
 def _joined(batches: Sequence[_Scores]) -> _Scores:
@@ -318,7 +323,7 @@ def predict(
         for batch in read(batches, name, device):
             outputs = batch.outputs(model)
             losses.append(per_sample_loss(loss_fn, outputs, batch.targets, batch.size).float())
-            correct.append(outputs.argmax(1) == batch.targets)
+            correct.append(_right(outputs, batch.targets))
     return torch.cat(correct), torch.cat(losses)
 
 
