@@ -120,3 +120,17 @@ def test_evaluate_speaks_of_what_it_measured_and_of_how_many_samples(tmp_path: P
     assert found["confusion"]["after"] is None and sum(map(sum, found["confusion"]["before"])) == 80
     assert set(found["activation_distance"]) == {"model", "retrained"}
     assert set(found["activation_distance"]["model"].values()) == {0}
+
+
+def test_a_comparison_says_that_its_choice_is_made_by_its_own_figures(tmp_path: Path) -> None:
+    request = make_request(tmp_path)
+    flags = ["--model", f"{request.path('net.py')}:net", "--weights", request.path("weights.safetensors"),
+             "--reference", request.path("weights.safetensors"), "--data", request.path("train.npz"),
+             "--test", request.path("test.npz"), "--forget", "class:1", "--bootstrap", "20", "--relearn", "0", "--seeds", "1"]  # fmt: skip
+    assert main(["compare", *flags, "--methods", "finetune,gradient-ascent", "--out", request.path("two")]) == 0
+    found = json.loads((tmp_path / "two" / "findings.json").read_text())
+    assert found["closest"] in ("finetune", "gradient-ascent")
+    assert f"{found['closest']} was chosen by these very figures, which flatters it." in found["limits"]
+    assert f"Of 2 methods with one seed, {found['closest']} comes closest" in found["verdict"]
+    assert main(["compare", *flags, "--methods", "finetune", "--out", request.path("one")]) == 0
+    assert "flatters" not in (tmp_path / "one" / "findings.json").read_text()

@@ -131,6 +131,9 @@ class _Comparison:
         samples = {name: len(part) for name, part in task.sets.items()} | {"retain": len(task.retain)}
         attacks = list(models[0]["attacks"])
         limits = plain_limits(method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks)
+        limits += (
+            [f"{best['name']} was chosen by these very figures, which flatters it."] if len(self.chosen) > 1 else []
+        )
         limits += [f"{name} was left out: {reason}." for name, reason in skipped.items()]
         limits += sorted({note for label in order for row in rows[label] for note in row["notes"]})
         return {
