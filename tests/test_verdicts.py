@@ -126,7 +126,8 @@ def test_a_comparison_says_that_its_choice_is_made_by_its_own_figures(tmp_path: 
     request = make_request(tmp_path)
     flags = ["--model", f"{request.path('net.py')}:net", "--weights", request.path("weights.safetensors"),
              "--reference", request.path("weights.safetensors"), "--data", request.path("train.npz"),
-             "--test", request.path("test.npz"), "--forget", "class:1", "--bootstrap", "20", "--relearn", "0", "--seeds", "1"]  # fmt: skip
+             "--test", request.path("test.npz"), "--forget", "class:1", "--bootstrap", "20", "--relearn", "0",
+             "--seeds", "1"]  # fmt: skip
     assert main(["compare", *flags, "--methods", "finetune,gradient-ascent", "--out", request.path("two")]) == 0
     found = json.loads((tmp_path / "two" / "findings.json").read_text())
     assert found["closest"] in ("finetune", "gradient-ascent")

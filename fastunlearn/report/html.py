@@ -499,8 +499,7 @@ def _finer(view: View) -> str:
     for key, name in (("loss", "loss"), ("kl", "KL to retrained"), ("js", "JS to retrained")):
         for s in view.sets(key):
             label = f"{name}, {SET_NAMES.get(s, s)}"
-            write = _digits if key == "loss" else _distance
-            lines.append((label, partial(_of, key=key, part=s), write, key == "loss"))
+            lines.append((label, partial(_of, key=key, part=s), _digits if key == "loss" else _distance, key == "loss"))
     lines.append(("ToW (1 is retrained)", lambda m: m.get("tow"), AUC, False))
     lines = [line for line in lines if any(_mean(line[1](m)) is not None for m in view.models)]
     tables = []
