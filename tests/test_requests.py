@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +178,22 @@ def test_u_lira_s_method_is_given_some_of_every_forgotten_class_and_the_validati
     more = ("--data", request_.path("sorted.npz"), "--forget", "class:0,1", "--set", "hessian_samples=8")
     assert main(["unlearn", *flags, *budget, *shadows, *more]) == 0
     assert len(seen) == 1 + 4 and seen == [({0, 1}, True)] * 5
+
+
+def test_output_that_nobody_reads_is_no_failure(request_: Request) -> None:
+    """``| head`` closes the pipe; the results are there, the log has its line, and nothing is said of an error."""
+    flags = quick(request_)
+    for i, redirected in enumerate(("| true", ">&-")):
+        command = [sys.executable, "-m", "fastunlearn", *flags, "--out", request_.path(f"out{i}")]
+        script = f"{shlex.join(command)} {redirected}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == (141, 0)[i]
+        assert not {"Error", "Errno", "Traceback", "Exception"} & set(done.stderr.replace(":", " ").split())
+        assert (request_.folder / f"out{i}" / "record.json").exists()
+        assert len((request_.folder / "log.jsonl").read_text().splitlines()) == i + 1
+
+
+def test_warnings_of_others_are_shown_as_before_once_a_command_is_done(request_: Request) -> None:
+    shown = warnings.showwarning
+    assert main(["plan", *request_.flags(out=None)]) == 0
+    assert warnings.showwarning is shown
