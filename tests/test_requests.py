@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,9 +20,10 @@ from torch import nn
 
 from fastunlearn.checkpoint import digest, load_weights, save_weights
 from fastunlearn.cli import main
-from fastunlearn.jobs.config import Config
+from fastunlearn.jobs.comparison import _chosen, compare
+from fastunlearn.jobs.config import Config, ConfigError
 from fastunlearn.jobs.methods import METHODS
-from fastunlearn.jobs.task import Task, open_task
+from fastunlearn.jobs.task import FORGOTTEN_TEST, Task, open_task
 from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.report.record import weights_entry
 
@@ -197,3 +200,50 @@ def test_warnings_of_others_are_shown_as_before_once_a_command_is_done(request_:
     shown = warnings.showwarning
     assert main(["plan", *request_.flags(out=None)]) == 0
     assert warnings.showwarning is shown
+
+
+def test_classes_of_forget_and_retain_as_data_of_their_own_are_numbered_together(request_: Request) -> None:
+    """As in the data that they were one of, whichever classes each of them lacks."""
+    names = np.array(["eel", "ant", "fox", "cat"])  # sorted: ant, cat, eel, fox
+    data, test = np.load(request_.path("train.npz")), np.load(request_.path("test.npz"))
+    for name, rows, source in (
+        ("forget", data["y"] == 0, data), ("retain", data["y"] % 4 != 0, data), ("test", test["y"] >= 0, test)
+    ):  # fmt: skip
+        np.savez(request_.path(f"{name}_.npz"), x=source["x"][rows], y=names[source["y"][rows]])
+    one = {name: request_.path(f"{name}_.npz") for name in ("forget", "retain", "test")}
+    task = open_task(
+        Config(model=request_.path("net.py") + ":net", weights=request_.path("weights.safetensors"), **one)
+    )
+    assert task.classes == ["ant", "cat", "eel", "fox"] and task.whole_classes == [2]
+    assert {name: sorted(set(part.labels.tolist())) for name, part in task.sets.items()} == {
+        "forget": [2], "retain": [0, 1, 3], "test": [0, 1, 3], FORGOTTEN_TEST: [2]
+    }  # fmt: skip
+
+
+def test_test_samples_are_not_those_of_the_request(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:
+    same = request_.path("same.npz")
+    shutil.copy(request_.path("train.npz"), same)
+    code, line = refused(quick(request_, "--test", same), capsys)
+    assert code == 1 and f"--test {same} holds the samples that are forgotten or retained" in line
+
+
+@pytest.mark.parametrize("label", ["a/../../b", "", "/tmp/x", "x" * 81, "a\nb"])
+def test_a_label_of_a_comparison_names_files(label: str) -> None:
+    config = Config(model="a:b", forget="class:1", out="out", methods=[{"method": "ssd", "label": label}])
+    if label:
+        with pytest.raises(ConfigError, match="methods: ssd: label must be up to 80"):
+            compare(config, False, print)
+    else:
+        assert _chosen(config)[0][0] == "ssd"
+
+
+def test_without_matplotlib_there_are_no_pictures_and_all_else(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    flags = quick(request_)
+    flags.remove("--no-pictures")
+    assert main(flags) == 0
+    assert "no pictures beside the report: they need matplotlib" in capsys.readouterr().err
+    assert (request_.folder / "out" / "report.html").exists() and not (request_.folder / "out" / "pictures").exists()

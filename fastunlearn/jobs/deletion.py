@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 import uuid
@@ -179,7 +180,7 @@ class _Run:
         write_json(space.path / "outcome.json", {k: v for k, v in outcome.items() if k != "kernels"})
         if not (space.path / "salt").exists():
             write_salt(space.path / "salt", new_salt())
-        if config.pictures:
+        if draws(config, self.say):
             write_pictures(findings, space.path / "pictures")
         origin = task.weights if task.weights is not None else Path("the model's own")
         with locked(log) as held:
@@ -260,6 +261,14 @@ def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) 
         kernels[operator] = {"calls": count, "backend": device.upper()}
     model.eval()
     return outcome, kernels
+
+
+def draws(config: Config, say: Say) -> bool:
+    """Whether pictures are wanted and can be drawn; what is missing is said and no reason to lose the rest."""
+    if config.pictures and importlib.util.find_spec("matplotlib") is None:
+        say("no pictures beside the report: they need matplotlib, pip install fastunlearn[report]")
+        return False
+    return config.pictures
 
 
 def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list[nn.Module], float, TrainingReport]:
