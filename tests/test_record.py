@@ -69,7 +69,7 @@ def made(**changes: Any) -> dict[str, Any]:
         "changed": {"0.weight": {"changed": 3, "of": 6}, "0.bias": {"changed": 0, "of": 2}},
         "data": {"source": "/home/anna/photos 2024/set.npz", "digest": HASH, "samples": {"forget": 4, "retain": 90}},
         "metrics": [metrics],
-        "limits": plain_limits(method="DeepClean", reference=True, runs=3, attacks=["loss"], samples={"test": 500}),
+        "limits": plain_limits(method="DeepClean", reference=True, runs=3, attacks=["loss"]),
         "config": {
             "weights": Path("/srv/models/resnet.pt"),
             "forget": "index:/home/anna/secret list/forget.txt",
@@ -352,15 +352,18 @@ def test_many_forgotten_samples_are_quickly_recorded() -> None:
 @pytest.mark.parametrize("reference", [True, False])
 @pytest.mark.parametrize("runs", [1, 3])
 @pytest.mark.parametrize("attacks", [(), ("loss", "entropy"), ("U-LiRA",)])
-def test_limits_always_say_it_is_no_proof(reference: bool, runs: int, attacks: tuple[str, ...]) -> None:
-    found = plain_limits(method="DeepClean", reference=reference, runs=runs, attacks=attacks, samples={"test": 300})
+@pytest.mark.parametrize("method", ["DeepClean", None])
+def test_limits_always_say_it_is_no_proof(
+    reference: bool, runs: int, attacks: tuple[str, ...], method: str | None
+) -> None:
+    found = plain_limits(method=method, reference=reference, runs=runs, attacks=attacks)
     text = " ".join(found)
     assert "not a proof of erasure" in found[0]
     assert ("No model was retrained" in text) != reference
     assert ("one run" in text) == (runs == 1)
     assert ("No membership attack was run" in text) == (not attacks)
     assert ("no attack per example" in text) == (attacks == ("loss", "entropy"))
-    assert ("With 300 test samples a false positive rate of 0.1 % is less than one sample." in found) == bool(attacks)
+    assert ("were changed" in text) == ("DeepClean is approximate" in text) == (method is not None)
     assert all(sentence.endswith(".") for sentence in found)
 
 

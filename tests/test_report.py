@@ -317,6 +317,49 @@ def test_the_cards_speak_of_the_method_that_is_nearest_over_all_sets() -> None:
     assert f"{tried[4]['name']} , of 6 methods the one" in words(render(findings))
 
 
+def test_cards_and_confusion_speak_of_the_method_that_the_verdict_names() -> None:
+    """Also where that is a baseline and one method alone is not: the cards would seem to be about the baseline."""
+    findings = compare_findings()
+    findings["models"] = [m for m in findings["models"] if m["role"] != "unlearned" or m["name"] == "DeepClean"]
+    best = next(m["name"] for m in findings["models"] if m["role"] == "baseline")
+    page = render(findings | {"closest": best})
+    assert f"{best} , of " in words(page)
+    assert f"<figcaption>After <bdi>{best}</bdi></figcaption>" in page
+
+
+def test_where_nothing_was_unlearned_there_is_no_before_and_no_after() -> None:
+    findings = unlearn_findings()
+    findings["models"] = [m for m in findings["models"] if m["role"] in ("original", "reference")]
+    findings["confusion"] |= {"after": None}
+    page = render(findings)
+    read(page)
+    shown = words(page)
+    assert "as it was given" in shown and "before unlearning" not in shown and "Is it forgotten?" not in shown
+    captions = re.findall("<figcaption>(Before|After|The model|Retrained)", page)
+    assert captions == ["The model", "Retrained"]
+    assert "before unlearning" in words(render(unlearn_findings()))
+
+
+def test_classes_that_are_forgotten_whole_stand_first_in_the_table_of_classes() -> None:
+    findings = unlearn_findings()
+    for k, m in enumerate(findings["models"]):
+        of_class = {"accuracy": estimate(31.5 + k), "loss": estimate(1.0), "samples": 77}
+        m["per_class"] |= {"test of forgotten": {"3 itself": of_class}, "forget": {}}
+    table = words(re.findall(r'aria-label="Accuracy per class on test data, %">.*?</table>', render(findings))[0])
+    assert re.search(r"^[^0-9]*3 itself 77 31\.5 32\.5", table.split("samples", 1)[1]), table
+
+
+def test_whiskers_are_explained_where_there_are_any() -> None:
+    findings = unlearn_findings()
+    assert "Whiskers" in render(findings)
+    for m in findings["models"]:
+        m["accuracy"] = {s: {"mean": e["mean"], "runs": 1} for s, e in m["accuracy"].items()}
+        m["attacks"] = {}
+    page = render(findings)
+    glance = page[page.index('<section id="glance"') : page.index('<section id="request"')]
+    assert "Whiskers" not in glance and "The line is the retrained model" in glance
+
+
 def test_the_strongest_attack_is_the_one_that_tells_unlearned_from_retrained_best() -> None:
     findings = unlearn_findings()
     findings["models"][1]["attacks"]["entropy"]["auc"] = estimate(0.41, 0.02)  # below a coin toss gives away as well

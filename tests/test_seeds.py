@@ -43,21 +43,44 @@ def test_every_figure_is_the_mean_of_the_runs_with_student_s_interval() -> None:
     runs = [evaluate(noisy(seed), **sets(), reference=reference) for seed in range(3)]
     assert found.runs == runs
 
-    def check(estimate: Estimate | None, values: list[float]) -> None:
+    def check(estimate: Estimate | None, values: list[float], ends: tuple[float, float]) -> None:
         assert estimate is not None
-        assert (estimate.mean, estimate.low, estimate.high) == pytest.approx(interval(values), nan_ok=True)
+        mean, low, high = interval(values)
+        expected = (mean, max(low, ends[0]), min(high, ends[1]))
+        assert (estimate.mean, estimate.low, estimate.high) == pytest.approx(expected)
         assert estimate.runs == 3
 
     for name in ("forget", "retain", "test"):
-        for part in ("accuracy", "loss", "gap", "kl", "js"):
-            check(getattr(found, part)[name], [getattr(run, part)[name] for run in runs])
+        for part, ends in (("accuracy", (0, 100)), ("loss", (-math.inf, math.inf)), ("gap", (-100, 100)),
+                           ("kl", (0, math.inf)), ("js", (0, math.log(2)))):  # fmt: skip
+            check(getattr(found, part)[name], [getattr(run, part)[name] for run in runs], ends)
         for cls in range(4):
             of_runs = [run.per_class[name][cls] for run in runs]
-            check(found.per_class[name][cls].accuracy, [c.accuracy for c in of_runs])
-            check(found.per_class[name][cls].loss, [c.loss for c in of_runs])
-    for part in ("membership_auc", "membership_gap", "tow"):
-        check(getattr(found, part), [getattr(run, part) for run in runs])
+            check(found.per_class[name][cls].accuracy, [c.accuracy for c in of_runs], (0, 100))
+            check(found.per_class[name][cls].loss, [c.loss for c in of_runs], (-math.inf, math.inf))
+    for part, ends in (("membership_auc", (0, 1)), ("membership_gap", (-1, 1)), ("tow", (0, 1))):
+        check(getattr(found, part), [getattr(run, part) for run in runs], ends)
     assert found.loss["test"].low is not None and found.loss["test"].low < found.loss["test"].mean
+
+
+def test_an_interval_ends_where_the_figure_does() -> None:
+    values = [100.0, 97.0]
+    mean, low, high = interval(values)
+    assert low < 80 and high > 110
+    assert Estimate.over(values) == Estimate(mean, low, high, 2)
+    assert Estimate.over(values, (0, 100)) == Estimate(mean, low, 100, 2)
+    assert Estimate.over([1.0, 0.0], (0, 1)) == Estimate(0.5, 0, 1, 2)
+    assert Estimate.over([101.0, 101.0], (0, 100)) == Estimate(101, 101, 101, 2)  # never beside its mean
+
+    runs = [Metrics({"test": a}, {"test": -a}, auc, kl={"test": kl}, js={"test": kl}, tow=auc)
+            for a, auc, kl in ((100.0, 0.9, 0.1), (50.0, 0.1, 0.5))]  # fmt: skip
+    found = over_runs(runs)
+    assert found.kl is not None and found.js is not None and found.tow is not None
+    assert (found.accuracy["test"].low, found.accuracy["test"].high) == (0, 100)
+    assert found.membership_auc == Estimate(0.5, 0, 1, 2) == found.tow
+    assert (found.kl["test"].low, found.js["test"].low, found.js["test"].high) == (0, 0, math.log(2))
+    assert found.kl["test"].high == pytest.approx(interval([0.1, 0.5])[2])
+    assert found.loss["test"].low == pytest.approx(interval([-100.0, -50.0])[1])  # a caller's loss may be anything
 
 
 def test_references_are_paired_with_the_runs_seed_by_seed() -> None:

@@ -26,10 +26,11 @@ class Estimate:
     runs: int = 1
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Estimate:
+    def over(cls, values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
         """Of independent runs: mean and Student's t interval, mean +- t(0.975, k - 1) s / sqrt(k).
 
-        Raises ValueError without values. One value has no interval.
+        ``limits`` are the smallest and largest values that the figure can have: an interval ends there, which leaves
+        out nothing that it could have held. Raises ValueError without values. One value has no interval.
         """
         if not values:
             raise ValueError("an estimate needs at least one run")
@@ -40,20 +41,13 @@ class Estimate:
 
         error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
         half = float(t.ppf(0.975, len(values) - 1)) * error
-        return cls(mean, mean - half, mean + half, len(values))
+        return cls(mean, max(mean - half, min(mean, limits[0])), min(mean + half, max(mean, limits[1])), len(values))
 
     @classmethod
     def bootstrapped(cls, value: float, resampled: torch.Tensor) -> Estimate:
         """Of one run: ``value`` with the 2.5 and 97.5 percentiles of the same figure on resampled data [B]."""
         low, high = torch.quantile(resampled.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return cls(value, low, high)
-
-    def within(self, least: float, most: float) -> Estimate:
-        """The same with the interval's ends inside what the figure can be: Student's t does not know that a share ends
-        at 100 %."""
-        if self.low is None or self.high is None:
-            return self
-        return Estimate(self.mean, max(self.low, least), min(self.high, most), self.runs)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: ``mean`` and ``runs``, and ``low`` and ``high`` where there is an interval; no NaN (None)."""

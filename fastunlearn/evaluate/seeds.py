@@ -14,6 +14,18 @@ from fastunlearn.evaluate.estimate import Estimate
 if TYPE_CHECKING:
     from fastunlearn.evaluate.metrics import Metrics
 
+# The smallest and largest value that a figure can have, where it has any: an interval ends there.
+RANGES: dict[str, tuple[float, float]] = {
+    "accuracy": (0.0, 100.0),
+    "gap": (-100.0, 100.0),
+    "membership_auc": (0.0, 1.0),
+    "membership_gap": (-1.0, 1.0),
+    "kl": (0.0, math.inf),
+    "js": (0.0, math.log(2)),
+    "tow": (0.0, 1.0),
+}
+ANY = (-math.inf, math.inf)
+
 
 @dataclass(frozen=True)
 class ClassEstimates:
@@ -28,8 +40,9 @@ class ClassEstimates:
 class MetricsOverSeeds:
     """The fields of :class:`~fastunlearn.evaluate.Metrics`, each an :class:`~fastunlearn.evaluate.Estimate` over runs.
 
-    The interval is Student's, of independent runs. Gaps, divergences and ToW are taken run by run, each run against
-    its own reference, and then averaged. ``print`` shows a table.
+    The interval is Student's, of independent runs, and ends where the figure does (an accuracy at 100). Gaps,
+    divergences and ToW are taken run by run, each run against its own reference, and then averaged. ``print`` shows a
+    table.
 
     Attributes:
         runs: what was measured in each run, in the order of the seeds.
@@ -149,7 +162,7 @@ def _single(runs: Sequence[Metrics], name: str) -> Estimate | None:
     values = [getattr(run, name) for run in runs]
     if not _in_all_or_none(values, name):
         return None
-    return Estimate.over(values)
+    return Estimate.over(values, RANGES.get(name, ANY))
 
 
 def _per_set(runs: Sequence[Metrics], name: str) -> dict[str, Estimate] | None:
@@ -159,7 +172,7 @@ def _per_set(runs: Sequence[Metrics], name: str) -> dict[str, Estimate] | None:
     odd = next((v for v in values if v.keys() != values[0].keys()), None)
     if odd is not None:
         raise ValueError(f"the runs were measured on different sets: {', '.join(values[0])} and {', '.join(odd)}")
-    return {each: Estimate.over([v[each] for v in values]) for each in values[0]}
+    return {each: Estimate.over([v[each] for v in values], RANGES.get(name, ANY)) for each in values[0]}
 
 
 def _in_all_or_none(values: Sequence[object], name: str) -> bool:
@@ -180,7 +193,10 @@ def _per_class(runs: Sequence[Metrics]) -> dict[str, dict[int, ClassEstimates]]:
         for cls in sorted({cls for classes in of_set for cls in classes}):
             of_class = [classes[cls] for classes in of_set if cls in classes]
             found[name][cls] = ClassEstimates(
-                *(Estimate.over([getattr(c, part) for c in of_class]) for part in ("accuracy", "loss", "samples"))
+                *(
+                    Estimate.over([getattr(c, part) for c in of_class], RANGES.get(part, ANY))
+                    for part in ("accuracy", "loss", "samples")
+                )
             )
     return found
 

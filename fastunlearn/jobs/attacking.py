@@ -16,6 +16,7 @@ from fastunlearn.evaluate.lira import Lira, ULira, membership, u_lira
 from fastunlearn.evaluate.shadows import ShadowModels
 from fastunlearn.evaluate.stacked import Mode, derived_seed
 from fastunlearn.jobs.config import ConfigError, Say
+from fastunlearn.jobs.findings import sentences
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
@@ -100,12 +101,18 @@ def shadow_attacks(task: Task, models: Mapping[str, nn.Module], cache: Path, say
     found = u_lira(shadows, unlearn, forget, config.method, settings, models["unlearned"], seed=config.seed)
     attack = partial(membership, shadows=shadows, members=forget, others=pool.of(2), seed=config.seed)
     results = {role: {"LiRA": attack(model, resamples=config.bootstrap)} for role, model in models.items()}
+    limits = [*found.limits, *(limit for attacks in results.values() for a in attacks.values() for limit in a.limits)]
+    if task.whole_classes:
+        limits.append(
+            "the shadow models learn from test samples of the forgotten classes: LiRA and U-LiRA look for the "
+            "forgotten samples, not for their classes"
+        )
     per_role: dict[str, dict[str, Lira | ULira]] = {role: dict(attacks) for role, attacks in results.items()}
     per_role["unlearned"]["U-LiRA"] = found
     return {
         "attacks": {role: {n: _figures(a) for n, a in attacks.items()} for role, attacks in per_role.items()},
         "roc": {role: {n: a.roc.thinned().as_dict() for n, a in attacks.items()} for role, attacks in per_role.items()},
-        "limits": sorted({limit[0].upper() + limit[1:] + "." for limit in found.limits}),
+        "limits": sentences(limits),
     }
 
 

@@ -135,9 +135,7 @@ class _Comparison:
         best = closest(models)
         samples = {name: len(part) for name, part in task.sets.items()} | {"retain": len(task.retain)}
         attacks = list(models[0]["attacks"])
-        limits = plain_limits(
-            method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks, samples=samples
-        )
+        limits = plain_limits(method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks)
         limits += [f"{name} was left out: {reason}." for name, reason in skipped.items()]
         limits += sorted({note for label in order for row in rows[label] for note in row["notes"]})
         return {
@@ -146,6 +144,7 @@ class _Comparison:
             "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                         "data": config.data or config.forget, "model": config.model},
             "models": models,
+            "closest": best["name"],
             "roc": {label: {a: mean_roc([r["roc"][a] for r in rows[label]]) for a in rows[label][0]["roc"]}
                     for label in order},
             "layers": [],

@@ -137,14 +137,14 @@ class _Run:
             cache = Path(config.cache) if config.cache is not None else self.space.out.parent / ".shadows"
             by_role = {role: model for _, role, model, _ in models}
             extra = phase("shadows", lambda: shadow_attacks(task, by_role, cache, self.say))
-            notes += extra["limits"]
+            notes += [limit for limit in extra["limits"] if limit not in notes]
             for row in rows:
                 row["attacks"] |= extra["attacks"][row["role"]]
                 rocs[row["name"]] |= extra["roc"][row["role"]]
         after = load_weights(self.space.weights("unlearned"))
         attacks = list(rows[1]["attacks"])
         samples = {n: len(part) for n, part in task.sets.items()} | {"retain": len(task.retain)}
-        limits = plain_limits(method=name, reference=reference is not None, attacks=attacks, samples=samples)
+        limits = plain_limits(method=name, reference=reference is not None, attacks=attacks)
         return {
             "title": f"Unlearning {config.forget}",
             "verdict": verdict(rows[1], rows[0], rows[2] if len(rows) > 2 else None, len(task.forget)),

@@ -31,7 +31,7 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
     if task.reference is not None:
         reference = task.copy()
         load_into(reference, task.reference, "--reference")
-    rows, rocs, confusions, probes = [], {}, {}, {}
+    rows, rocs, confusions, probes, distances = [], {}, {}, {}, {}
     notes: list[str] = []
     known = Known.of(task, task.model, reference)
     for label, role, model in (("model", "original", task.model), ("retrained", "reference", reference)):
@@ -39,7 +39,7 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
             say(f"measuring the {label}" if role == "original" else "measuring the retrained model")
             found = measure(task, model, reference, known, config.seed)
             rocs[label], confusions[role], probes[label] = (found.pop(k) for k in ("roc", "confusion", "probes"))
-            found.pop("activation_distance")
+            distances[label] = found.pop("activation_distance")
             notes += [note for note in found.pop("notes") if note not in notes]
             rows.append(model_row(label, role, [{**found, "seconds": None}]))
     samples = {name: len(part) for name, part in task.sets.items()}
@@ -51,15 +51,15 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
         "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                     "data": config.data or config.forget, "model": config.model},
         "models": rows, "roc": rocs, "layers": [], "probes": None if None in probes.values() else probes,
-        "activation_distance": None, "confusion": None, "histograms": [], "spectra": [], "leaks": None,
-        "limits": plain_limits(method="The training", reference=reference is not None,
-                               attacks=list(rows[0]["attacks"]), samples=samples) + notes,
+        "activation_distance": None if None in distances.values() else distances,
+        "confusion": None, "histograms": [], "spectra": [], "leaks": None,
+        "limits": plain_limits(method=None, reference=reference is not None, attacks=list(rows[0]["attacks"])) + notes,
         "settings": {}, "versions": versions(),
         "device": {"name": device_name(task.device), "type": task.device.type}, "record": {"id": None, "sha256": None},
     }  # fmt: skip
     if confusions.get("original") is not None:
-        findings["confusion"] = {"classes": task.classes, "before": confusions["original"],
-                                 "after": confusions["original"], "reference": confusions.get("reference")}  # fmt: skip
+        findings["confusion"] = {"classes": task.classes, "before": confusions["original"], "after": None,
+                                 "reference": confusions.get("reference")}  # fmt: skip
     if config.out is not None:
         space = Workspace(Path(config.out), task.identity(), resume=False)
         try:

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastunlearn.evaluate.estimate import Estimate
+from fastunlearn.evaluate.seeds import ANY, RANGES
 
 Row = dict[str, Any]
 
 NEAR_POINTS = 2.0  # points of accuracy that count as the same, beside what chance allows
 NEAR_AUC = 0.05
+_FROM_ZERO = (0.0, math.inf)
+_SHARE = (0.0, 1.0)
+_RANGES = {**RANGES, "loss": _FROM_ZERO, "auc": _SHARE, "tpr": _SHARE, "svc": (0.0, 100.0), "relearn": _FROM_ZERO,
+           "seconds": _FROM_ZERO}  # fmt: skip
 
 
-# What a figure can be, by the name it goes by.
-RANGES = {
-    "accuracy": (0.0, 100.0), "svc": (0.0, 100.0), "auc": (0.0, 1.0), "tpr": (0.0, 1.0), "tow": (0.0, 1.0),
-    "js": (0.0, math.log(2)), "loss": (0.0, math.inf), "kl": (0.0, math.inf), "seconds": (0.0, math.inf),
-    "relearn": (0.0, math.inf),
-}  # fmt: skip
-
-
-def joined(values: Sequence[Any], within: tuple[float, float] = (-math.inf, math.inf)) -> Any:
+def joined(values: Sequence[Any], limits: tuple[float, float] = ANY) -> Any:
     """The same tree as each of ``values`` with an :class:`Estimate` as a dict in place of every number.
 
-    Of one run, an estimate made within it (a bootstrap's) is kept; of several, the interval is that over the runs,
-    and within the range of the key above it in :data:`RANGES`. What is missing (None) in one run is missing.
+    Of one run, an estimate made within it (a bootstrap's) is kept; of several, the interval is that over the runs.
+    What is missing (None) in one run is missing. Intervals end at ``limits``, or where the figure of this name does.
     """
     first = values[0]
     if any(value is None for value in values):
         return None
     if _is_estimate(first):
-        return first if len(values) == 1 else joined([v["mean"] for v in values], within)
+        return first if len(values) == 1 else Estimate.over([v["mean"] for v in values], limits).as_dict()
     if isinstance(first, dict):
         shared = [key for key in first if all(key in v for v in values)]
-        return {key: joined([v[key] for v in values], RANGES.get(key, within)) for key in shared}
-    return Estimate.over(list(values)).within(*within).as_dict()
+        return {key: joined([v[key] for v in values], _RANGES.get(key, limits)) for key in shared}
+    return Estimate.over(list(values), limits).as_dict()
 
 
 def _is_estimate(value: Any) -> bool:
@@ -65,7 +62,11 @@ def _at(curve: dict[str, list[float]], fpr: float) -> float:
 
 
 def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int) -> str:
-    """One sentence: is it forgotten, compared with never having seen it, and what did it cost?"""
+    """One sentence: is it forgotten, compared with never having seen it, and what did it cost?
+
+    Where the original itself passes for a model that never saw the samples, these measures can tell nothing, and the
+    sentence says so: with few samples chance alone makes anything alike.
+    """
     name, accuracy = unlearned["name"], unlearned["accuracy"]
     cost = _cost(unlearned, original)
     if reference is None:
@@ -75,23 +76,31 @@ def verdict(unlearned: Row, original: Row, reference: Row | None, forgotten: int
             "never saw them behaves."
         )
     goal = reference["accuracy"]["forget"]
-    before, after = (abs(row["accuracy"]["forget"]["mean"] - goal["mean"]) for row in (original, unlearned))
-    gaps = _auc_gaps(unlearned, reference)
-    hidden = all(gap <= max(NEAR_AUC, chance) for gap, chance in gaps)
     # Two standard errors of the accuracy of so many samples.
     chance = 200 * math.sqrt(max(goal["mean"] * (100 - goal["mean"]), 0.0) / 100**2 / max(forgotten, 1))
-    near = after <= max(NEAR_POINTS, chance)
-    if near and hidden:
+    before, after = (abs(row["accuracy"]["forget"]["mean"] - goal["mean"]) for row in (original, unlearned))
+    known_before, known = (gap > max(NEAR_POINTS, chance) for gap in (before, after))
+    gaps_before, gaps = _auc_gaps(original, reference), _auc_gaps(unlearned, reference)
+    told_before, told = _told(gaps_before), _told(gaps)
+    if known or told:
+        halved = known_before and (not known or after <= before / 2)
+        shared = [gaps[name][0] for name in gaps_before if name in gaps]
+        hidden = told_before and (not told or max(shared) <= max(gap for gap, _ in gaps_before.values()) / 2)
+        word = "Partly forgotten" if halved or hidden else "Not forgotten"
+    elif known_before or told_before:
         word = "Forgotten, as far as these measures see"
-    elif near or after <= before / 2:
-        word = "Partly forgotten"
     else:
-        word = "Not forgotten"
-    attack = f" and the strongest attack's AUC is {max(gaps)[0]:.3f} away from that model's" if gaps else ""
+        word = "Undecided, these measures do not even tell the original from a model that never saw the samples"
+    attack = f" and the strongest attack's AUC is {max(gaps.values())[0]:.3f} away from that model's" if gaps else ""
     return (
         f"{word}: after {name} the accuracy on the forgotten samples is {_percent(accuracy['forget'])}, where a model "
         f"that never saw them has {_percent(goal)} (before: {_percent(original['accuracy']['forget'])}){attack}{cost}."
     )
+
+
+def sentences(limits: Iterable[str]) -> list[str]:
+    """What the attacks say that they can not say, each once, as the report has it."""
+    return sorted({limit[0].upper() + limit[1:] + "." for limit in limits})
 
 
 def distance(row: Row) -> float:
@@ -111,14 +120,16 @@ def comparison_verdict(models: Sequence[Row], best: Row) -> str:
     reference = next(m for m in models if m["role"] == "reference")
     tried = sum(m["role"] in ("unlearned", "baseline") for m in models)
     runs = best["accuracy"]["forget"]["runs"]
+    over = f"over {runs} seeds" if runs > 1 else "with one seed"
     sets = len(best["gap"])
     word = "farther than doing nothing" if distance(best) > distance(original) else "doing nothing"
     spent = f", in {best['seconds']['mean']:.3g} s"
     if reference["seconds"] is not None:
         spent += f" where retraining takes {reference['seconds']['mean']:.3g} s"
     return (
-        f"Of {tried} methods over {runs} seeds, {best['name']} comes closest to a model that never saw the data: "
-        f"{distance(best):.2f} points away on average over {sets} sets ({word}: {distance(original):.2f}){spent}."
+        f"Of {tried} methods {over}, {best['name']} comes closest to a model that never saw the data: "
+        f"{distance(best):.2f} points away in accuracy, on average over {sets} sets ({word}: {distance(original):.2f})"
+        f"{spent}."
     )
 
 
@@ -135,19 +146,24 @@ def _cost(unlearned: Row, original: Row) -> str:
     return f", at {abs(lost):.1f} points {'less' if lost >= 0 else 'more'} {what} accuracy"
 
 
-def _auc_gaps(row: Row, reference: Row) -> list[tuple[float, float]]:
+def _auc_gaps(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
     """Per attack, the distance of the AUC from the reference's, and how much of it chance allows at 95 %.
 
     U-LiRA has the retrained models on its other side: its distance is that from 0.5.
     """
-    found = []
+    found = {}
     for name, attack in row["attacks"].items():
         if name in reference["attacks"]:
             ours, theirs = attack["auc"], reference["attacks"][name]["auc"]
-            found.append((abs(ours["mean"] - theirs["mean"]), math.hypot(_half(ours), _half(theirs))))
+            found[name] = (abs(ours["mean"] - theirs["mean"]), math.hypot(_half(ours), _half(theirs)))
         elif name == "U-LiRA":
-            found.append((abs(attack["auc"]["mean"] - 0.5), _half(attack["auc"])))
+            found[name] = (abs(attack["auc"]["mean"] - 0.5), _half(attack["auc"]))
     return found
+
+
+def _told(gaps: Mapping[str, tuple[float, float]]) -> bool:
+    """Whether any attack tells the model from one that never saw the samples, by more than chance."""
+    return any(gap > max(NEAR_AUC, chance) for gap, chance in gaps.values())
 
 
 def _half(estimate: Row) -> float:

@@ -19,6 +19,7 @@ from fastunlearn.evaluate.probes import linear_probe
 from fastunlearn.evaluate.relearn import relearn_time
 from fastunlearn.evaluate.signals import Signals, signals, signals_of
 from fastunlearn.hooks import preserved
+from fastunlearn.jobs.findings import sentences
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
 PROBED = 2000  # samples at most that a probe is fitted on, and as many that it is judged by
@@ -101,15 +102,12 @@ def measure(
             if values is not None:
                 found[name][FORGOTTEN_TEST] = values["test"]
     found["tow"] = metrics.tow
-    found |= _attacks(task, {name: signals_of(logits, task.sets[name].labels) for name, logits in ours.items()}, seed)
+    found |= attacks(task, {name: signals_of(logits, task.sets[name].labels) for name, logits in ours.items()}, seed)
     found["confusion"] = _confusion(task, judge, [stacked[name] for name in stacked if name.startswith("test")])
     found["relearn"] = _relearn(task, model, known.goal, seed)
     found["probes"] = found["activation_distance"] = None
-    found["notes"] = []
     if (drawn := len(task.measured)) < (there := len(task.retain)):
         found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
-    if "test" in ours and found["svc"] is None:
-        found["notes"].append("The SVC attack needs two retained and two test samples or more, and was not run.")
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
     try:
         found["probes"] = _probes(task, model)
@@ -153,19 +151,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]:
+def attacks(task: Task, of: Mapping[str, Signals], seed: int) -> dict[str, Any]:
     """Forgotten samples as members against test samples of the same classes, if there are any."""
-    nothing: dict[str, Any] = {"attacks": {}, "roc": {}, "svc": None}
+    nothing: dict[str, Any] = {"attacks": {}, "roc": {}, "svc": None, "notes": []}
     if "test" not in of:
         return nothing
     others = of.get(FORGOTTEN_TEST) or _like(of["test"], of["forget"])
-    attacks = threshold_attacks(of["forget"], others, task.config.bootstrap, seed)
+    found = threshold_attacks(of["forget"], others, task.config.bootstrap, seed)
     enough = min(len(of["retain"]), len(of["test"])) > 1
     svc = svc_attack(of["retain"], of["test"], of["forget"], seed=seed) if enough else None
+    notes = sentences(limit for a in found.values() for limit in a.limits)
+    if svc is None:
+        notes.append("The SVC attack needs two retained and two test samples or more, and was not run.")
     return {
-        "attacks": {name: a.as_dict() for name, a in attacks.items()},
-        "roc": {name: a.roc.thinned().as_dict() for name, a in attacks.items()},
+        "attacks": {name: a.as_dict() for name, a in found.items()},
+        "roc": {name: a.roc.thinned().as_dict() for name, a in found.items()},
         "svc": None if svc is None else svc.forget_as_member.as_dict(),
+        "notes": notes,
     }
 
 

@@ -8,23 +8,27 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastunlearn.activations import layers_with_units
-from fastunlearn.data import Batch, read
-from fastunlearn.fisher import fisher_plan
-from fastunlearn.hooks import preserved
+from fastunlearn.data import Batch, per_sample_loss, read
+from fastunlearn.evaluate.signals import signals_of
+from fastunlearn.fisher import fisher_diagonal, fisher_plan
+from fastunlearn.inputs import Loader
+from fastunlearn.jobs.measuring import LEAKS_SHOWN, PROBED, attacks
 from fastunlearn.jobs.methods import Method, make_method
-from fastunlearn.jobs.task import Task
+from fastunlearn.jobs.task import FORGOTTEN_TEST, Task
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.methods.dampening import SelectiveSynapticDampening
 from fastunlearn.methods.deepclean import DeepClean
 from fastunlearn.methods.lcodec import LCodec
 
 TIMED = 0.3  # seconds at least that a rate is measured over
+TIMED_BATCHES = 3  # at least; the first one, which is slower, is not counted
+ATTACKED = 2000  # samples of a set that the support-vector attack takes at most
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Step:
     """One part of a run.
 
     Attributes:
-        forward, backward: samples that go through the model, and through its gradient.
-        seconds: at the rates that were measured on the first batch; None where nothing says.
+        forward, backward: samples that go through the model, and through its gradient, each as often as it does; but
+            for the one or two that a method tries a layer with, and the products with a Hessian.
+        seconds: at the rates that were measured on the first batches; None where nothing says.
         memory: bytes beyond the model and a pass through it.
     """
 
@@ -53,8 +58,9 @@ class JobPlan:
         samples: per set.
         steps: in the order they run.
         layers: what is done to each layer or parameter, and how.
-        peak_memory: bytes at most, of the device; on a CPU of this process.
-        rates: samples per second of a forward pass and of a forward and backward pass.
+        peak_memory: bytes at most, of the device; on a CPU of this process, but for some 100 MB of libraries that the
+            report and the record load.
+        rates: samples per second, reading included, of a forward pass and of a step of training.
     """
 
     samples: dict[str, int]
@@ -89,26 +95,29 @@ class JobPlan:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds per sample, and bytes that a pass over one batch holds."""
+    """Seconds per sample, reading included, of a forward pass, of a step of training, and of one of retraining by the
+    recipe; bytes that a batch of training holds."""
 
     forward: float
-    backward: float
+    training: float
+    retraining: float
     activations: int
 
-    def seconds(self, forward: float, backward: float) -> float:
-        return forward * self.forward + backward * self.backward
+    def seconds(self, forward: float, trained: float) -> float:
+        return forward * self.forward + trained * self.training
 
 
 def plan(task: Task) -> JobPlan:
     """Estimate ``unlearn`` for this task: passes, seconds, memory, layers. Nothing is changed or written.
 
-    Seconds are samples times the time per sample of the first batch; what is solved rather than passed through
-    (class forgetting's layers) is counted in FLOPs, and for L-CODEC one removal is run on a copy of the model. Raises
-    what the method would raise on its first batch. Cost: a few batches, and that removal.
+    Seconds are samples times the time per sample of the first batches, measured on a copy of the model. What is solved
+    rather than passed through is done once: class forgetting's updates from the first batches, one removal of L-CODEC,
+    the attacks on made-up logits. Raises what the method would raise on its first batch. Cost: a few batches and this.
     """
     config = task.config
     config.require("method")
     assert config.method is not None
+    held = _in_use(task.device)
     rates = _measure(task)
     method = make_method(config.method, config.settings, config.seed, task.fresh)
     weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
@@ -116,17 +125,20 @@ def plan(task: Task) -> JobPlan:
     if config.reference == "retrain":
         passes = task.recipe.epochs * len(task.retain)
         steps.append(Step("retrain", f"{task.recipe.epochs} epochs without the forgotten samples", passes, passes,
-                          rates.seconds(0, passes), 5 * weights))  # fmt: skip
+                          rates.retraining * passes, 5 * weights))  # fmt: skip
     steps += _measuring_steps(task, rates, weights)
-    peak = _in_use(task.device) + max(step.memory for step in steps) + rates.activations
+    # What was tried above has held what it holds in the run, the libraries that the attacks load included.
+    peak = max(_in_use(task.device), held + max(step.memory for step in steps) + rates.activations)
     samples = {name: len(part) for name, part in task.sets.items()}
     return JobPlan(samples, steps, _layers(task, config.method, method), peak,
-                   {"forward": 1 / rates.forward, "backward": 1 / rates.backward})  # fmt: skip
+                   {"forward": 1 / rates.forward, "training": 1 / rates.training})  # fmt: skip
 
 
 def _measure(task: Task) -> _Rates:
-    """Of the first retained batch: a forward pass, one with gradients, and the bytes that it keeps for them."""
-    batch = next(read(task.retain.loader(task.config.batch_size), "retain", task.device))
+    """Of the first retained batches, on a copy of the model."""
+    loader = task.retain.loader(task.config.batch_size)
+    model = task.copy().eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
     kept = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,29 +146,50 @@ def _measure(task: Task) -> _Rates:
         kept += tensor.numel() * tensor.element_size()
         return tensor
 
-    with preserved(task.model):
-        task.model.eval()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            _backward(task.model, batch)
-        forward = _seconds(lambda: _forward(task.model, batch), task.device)
-        backward = _seconds(lambda: _backward(task.model, batch), task.device)
-    return _Rates(forward / batch.size, backward / batch.size, kept)
+    def forward(batch: Batch) -> None:
+        with torch.no_grad():
+            batch.outputs(model)
 
+    def step(optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss = per_sample_loss(None, batch.outputs(model), batch.targets, batch.size).mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
 
-def _forward(model: nn.Module, batch: Batch) -> None:
-    with torch.no_grad():
-        batch.outputs(model)
-
-
-def _backward(model: nn.Module, batch: Batch) -> None:
     with torch.enable_grad():
-        loss = batch.outputs(model).float().logsumexp(1).sum()
-        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        train = partial(step, torch.optim.SGD(trained, lr=0.0, momentum=0.9))
+        retrain = partial(step, torch.optim.AdamW(trained, lr=0.0))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            train(next(read(loader, "retain", task.device)))
+        own = task.retain.loader(task.recipe.batch_size)
+        return _Rates(
+            _pace(loader, forward, task.device), _pace(loader, train, task.device), _pace(own, retrain, task.device),
+            kept,
+        )  # fmt: skip
+
+
+def _pace(loader: Loader, run: Callable[[Batch], object], device: torch.device) -> float:
+    """Seconds per sample of reading batches and running them, over and over; the mean, as a run meets the machine."""
+    samples, batches, start = 0, 0, 0.0
+    while True:
+        for batch in read(loader, "retain", device):
+            run(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            if not batches:
+                start = now
+            else:
+                samples += batch.size
+            batches += 1
+            if batches > TIMED_BATCHES and now - start >= TIMED:
+                return (now - start) / samples
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The fastest of at least three runs."""
+    """The mean of at least three runs after one that is not counted."""
     found: list[float] = []
+    run()
     while len(found) < 3 or sum(found) < TIMED:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -165,38 +198,47 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
-    return min(found)
+    return sum(found) / len(found)
 
 
 def _method_step(task: Task, name: str, method: Method, rates: _Rates, weights: int) -> Step:
     forget, retain, _ = task.batches(name, task.config.seed)
     n, m = len(forget.indices), len(retain.indices)
     if isinstance(method, (DeepClean, SelectiveSynapticDampening)):
-        read_of_retain = m if method.fisher_samples is None else min(m, method.fisher_samples)
+        size = task.config.batch_size
+        whole = m if method.fisher_samples is None else -(-method.fisher_samples // size) * size
         epochs = method.finetune_epochs if isinstance(method, DeepClean) else 0
         labels = len(task.classes) if method.fisher == "exact" else 1
-        fisher, tuned = n + read_of_retain, epochs * m
-        what = f"Fisher diagonal of {n:,} + {read_of_retain:,} samples" + (
+        fisher, tuned = n + min(m, whole), epochs * m
+        what = f"Fisher diagonal of {n:,} + {min(m, whole):,} samples" + (
             f", {epochs} epochs over retain" * bool(epochs)
         )
-        return Step(name, what, fisher + tuned, fisher * labels + tuned,
-                    rates.seconds(0, fisher * labels + tuned), 4 * weights)  # fmt: skip
+        batch = [next(iter(retain))]
+        one = _seconds(lambda: fisher_diagonal(task.model, batch, method.loss_fn, method.fisher), task.device)
+        seconds = one / min(size, m) * fisher + rates.seconds(0, tuned)
+        return Step(name, what, fisher + tuned, fisher * labels + tuned, seconds, 4 * weights)
     if isinstance(method, ClassForgetting):
         found = method.plan(task.model, forget, retain)
-        # Per layer: two Gram matrices, two filters and the update, each a few d x d x d products.
-        work = sum(layer.groups * layer.dim**2 * (2 * min(layer.rows or (n + m), n + m) + 8 * layer.dim) * 2
-                   for layer in found.layers)  # fmt: skip
-        seconds = rates.seconds(n + m, 0) + work / _float64_rate(task.device)
+        first = [next(iter(forget))], [next(iter(retain))]
+        size = min(task.config.batch_size, n) + min(task.config.batch_size, m)
+        for _ in range(2):  # what a first call costs is not its pace
+            tried = method.unlearn(task.copy(), *first).seconds
+        seconds = tried["gather"] * (n + m) / size + tried["solve"] + tried["write"]
         return Step(
             name, f"inputs of every layer over {n:,} + {m:,} samples, one update", n + m, 0, seconds, found.total
         )
     if isinstance(method, LCodec):
         removals = 1 if method.group else n
-        one = _removal(task, method, n if method.group else 1)
-        what = f"{removals:,} removals of {method.perturbations:,} perturbed copies each"
-        forward = n * method.perturbations if method.select == "foci" else 0
-        return Step(name, what, forward, removals * min(method.hessian_samples, n + m),
-                    None if one is None else one * removals, 2 * weights)  # fmt: skip
+        together = n if method.group else 1
+        one = _removal(task, method, together)
+        what = f"{removals:,} removals, Hessians of {method.hessian_samples:,} samples"
+        copies = n * method.perturbations if method.select == "foci" else 0
+        if copies:
+            what += f", {method.perturbations:,} perturbed copies of each sample"
+        others = together if method.update == "single_sample" else min(method.hessian_samples, n + m - together)
+        # The gradient before and after each removal, and the samples of its Hessian.
+        passes = 2 * n + removals * others
+        return Step(name, what, copies + passes, passes, one * removals, 2 * weights)
     epochs = getattr(method, "epochs", 1)
     passes = epochs * (n if name == "gradient-ascent" else m)
     return Step(name, f"{epochs} epochs", passes, passes, rates.seconds(0, passes), 5 * weights)
@@ -213,27 +255,62 @@ def _removal(task: Task, method: LCodec, samples: int) -> float:
     return time.perf_counter() - start
 
 
-def _float64_rate(device: torch.device) -> float:
-    """FLOP/s of a float64 product."""
-    a = torch.ones(512, 512, dtype=torch.float64, device=device)
-    return 2 * 512**3 / _seconds(lambda: torch.mm(a, a), device)
-
-
 def _measuring_steps(task: Task, rates: _Rates, weights: int) -> list[Step]:
     models = 2 if task.config.reference is None else 3
+    n = len(task.forget)
     measured = sum(len(part) for part in task.sets.values())
-    # Accuracy and divergences beside the reference, and what the attacks look at.
-    passes = models * 3 * measured
+    passes = _looks(task, models) + _looks_at_leaks(task, models)
     steps = [Step("measure", f"{models} models on {measured:,} samples", passes, 0, rates.seconds(passes, 0), weights)]
-    if task.config.relearn:
-        most = models * task.config.relearn * task.config.batch_size
-        steps.append(Step("relearn", f"at most {task.config.relearn} steps for each model", most, most,
-                          rates.seconds(0, most), 4 * weights))  # fmt: skip
+    if task.test is not None:
+        what = f"membership attacks on {models} models, {task.config.bootstrap:,} resamples each"
+        steps.append(Step("attacks", what, 0, 0, models * _attacks_once(task), 0))
+    if most := task.config.relearn:
+        trained, tried = models * most * min(task.config.batch_size, n), models * (most + 1) * n
+        steps.append(Step("relearn", f"at most {most} steps for each model", trained + tried, trained,
+                          rates.seconds(tried, trained), 4 * weights))  # fmt: skip
     if task.config.shadows:
-        passes = task.config.shadows * task.recipe.epochs * (len(task.forget) + len(task.retain)) // 2
+        passes = task.config.shadows * task.recipe.epochs * (n + len(task.retain)) // 2
         what = f"{task.config.shadows} models on half of the data each, less those in the cache"
-        steps.append(Step("shadows", what, passes, passes, rates.seconds(0, passes), 5 * weights))
+        steps.append(Step("shadows", what, passes, passes, rates.retraining * passes, 5 * weights))
     return steps
+
+
+def _looks(task: Task, models: int) -> int:
+    """Forward passes, in samples, of measuring so many models but for relearning."""
+    n = len(task.forget)
+    each = sum(len(part) for part in task.sets.values())  # what metrics and attacks are computed from
+    once = n  # what is to be relearnt
+    if task.config.reference is not None:
+        once += each
+        each += 2 * n  # activations, beside the reference's
+    if task.test is not None and task.config.probes and task.whole_classes:
+        half = PROBED // 2
+        each += min(n, half) + min(len(task.measured), half) + min(len(task.test), PROBED)
+    return once + models * each
+
+
+def _looks_at_leaks(task: Task, models: int) -> int:
+    """Forward passes, in samples, of the leak reports: nearest retained samples, and their signals; at most."""
+    if task.test is None:
+        return 0
+    n = min(len(task.forget), LEAKS_SHOWN)
+    beside = min(len(task.measured), 5 * n, LEAKS_SHOWN)
+    return n + len(task.measured) + models * (len(task.test) + n + beside)
+
+
+def _attacks_once(task: Task) -> float:
+    """Seconds of the attacks on one model, on made-up logits of as many samples."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, part in task.sets.items():
+        count = len(part) if name in ("forget", FORGOTTEN_TEST) else min(len(part), ATTACKED)
+        targets = part.labels[:count]
+        logits = torch.randn(count, max(2, len(task.classes)), generator=generator)
+        logits[torch.arange(count), targets] += 6  # most of them known, as a trained model does
+        made[name] = signals_of(logits, targets)
+    start = time.perf_counter()
+    attacks(task, made, 0)
+    return time.perf_counter() - start
 
 
 def _layers(task: Task, name: str, method: Method) -> dict[str, str]:

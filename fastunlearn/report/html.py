@@ -34,6 +34,7 @@ SET_NAMES = {
 }
 ROLES = {
     "original": "before unlearning",
+    "measured": "as it was given",
     "unlearned": "unlearned",
     "reference": "retrained without the data",
     "baseline": "baseline",
@@ -82,7 +83,8 @@ class View:
     """The findings with what every section asks of them: who the models are, their colours, names for charts.
 
     Attributes:
-        models: as in the findings; ``original``, ``reference`` and ``unlearned`` are those of that role among them.
+        models: as in the findings; ``original``, ``reference`` and ``unlearned`` are those of that role among them,
+            ``tried`` the unlearned and the baselines.
         series: the colour and shape of each model by name; 0 is the original's, 1 the reference's.
     """
 
@@ -92,6 +94,7 @@ class View:
         self.original = self._first("original")
         self.reference = self._first("reference")
         self.unlearned = [m for m in self.models if m.get("role") == "unlearned"]
+        self.tried = [m for m in self.models if m.get("role") in ("unlearned", "baseline")]
         free = count(2)
         fixed = {"original": 0, "reference": 1}
         self.series: dict[str, int] = {}
@@ -249,6 +252,8 @@ def _name(view: View, model: Mapping[str, Any], roles: bool = True) -> str:
     if not roles:
         return shown
     role = str(model.get("role", ""))
+    if role == "original" and not view.tried:
+        role = "measured"  # nothing was unlearned here
     runs = max((int(e.get("runs") or 1) for e in (model.get("accuracy") or {}).values() if e), default=1)
     return f"{shown}<small>{text(ROLES.get(role, role))}{f', {runs} runs' if runs > 1 else ''}</small>"
 
@@ -275,7 +280,7 @@ def _verdict(view: View, title: str) -> str:
             "never having seen the data.</p>"
         )
     cards = whose = ""
-    if view.unlearned:
+    if view.tried:
         mine, tried = _spoken_of(view)
         cards = "".join(_card(*answer) for answer in _answers(view, mine))
         if tried > 1:
@@ -294,9 +299,13 @@ def _card(question: str, answer: str, detail: str) -> str:
 
 
 def _spoken_of(view: View) -> tuple[Mapping[str, Any], int]:
-    """The model that the cards speak of, and of how many it was chosen: the one whose accuracies are on average nearest
-    to the reference's, unless only one was unlearned; without a reference the first."""
-    tried = [m for m in view.models if m.get("role") in ("unlearned", "baseline")]
+    """The model that the cards speak of, and of how many it was chosen: the ``closest`` of the findings, else the only
+    one that was unlearned, else the one whose accuracies are on average nearest to the reference's; without a reference
+    the first."""
+    tried = view.tried
+    named = [m for m in tried if m["name"] == view.findings.get("closest")]
+    if named:
+        return named[0], len(tried)
     if len(view.unlearned) == 1:
         return view.unlearned[0], 1
 
@@ -367,8 +376,10 @@ def _glance(view: View) -> str:
         title = f"Strongest attack ({shorten(attack, 24)}), AUC"
         figures.append(_compared(view, title, partial(_attack, attack=attack), AUC, 0.1, (0, 1)))
     figures = [figure for figure in figures if figure]
-    shaded = " The line is the retrained model; shaded, its interval." if view.reference else ""
-    return (_grid(figures) + f'<p class="small">Whiskers are 95 % intervals.{shaded}</p>') if figures else ""
+    shown = ["Whiskers are 95 % intervals."] if "whisker" in "".join(figures) else []
+    if view.reference:
+        shown.append("The line is the retrained model; shaded, its interval.")
+    return (_grid(figures) + (f'<p class="small">{" ".join(shown)}</p>' if shown else "")) if figures else ""
 
 
 def _compared(
@@ -467,7 +478,7 @@ def _within_note(view: View, key: str) -> str:
     if any(_interval(e) for e in known):
         return (
             '<p class="small"><b class="near">\u2248</b> marks a mean that lies within the 95 % interval of the '
-            "retrained model. Small figures are 95 % intervals.</p>"
+            "retrained model; a wide interval, as of few runs, holds much. Small figures are 95 % intervals.</p>"
         )
     return (
         '<p class="small">The retrained model is a single run here: its own spread is unknown, so no figure is marked '
@@ -507,7 +518,11 @@ def _per_class(view: View) -> str:
     if not sets:
         return ""
     chosen = "test" if "test" in sets else sets[0]
-    measured = {m["name"]: (m.get("per_class") or {}).get(chosen) or {} for m in view.models}
+    both = (*(["test of forgotten"] if chosen == "test" else []), chosen)  # of other classes each; forgotten ones first
+    measured = {
+        m["name"]: {c: found for s in both for c, found in ((m.get("per_class") or {}).get(s) or {}).items()}
+        for m in view.models
+    }
     classes = list(dict.fromkeys(c for found in measured.values() for c in found))
     first = measured.get(view.original["name"], {}) if view.original else {}
 
@@ -706,9 +721,14 @@ def _layers(view: View) -> str:
     chart = charts.bars(view.ident(), "Share of weights changed, by layer", total, shares, series=series, top=1.0)
     figures = [_figure(chart, "Weights changed")]
     if moved:
-        said = "Norm of the change over the norm of the weights, in the model's order"
+        said = "Norm of the change over the larger of the norms before and after, in the model's order"
         chart = charts.bars(view.ident(), "Relative change, by layer", said, moved, series=series)
-        figures.append(_figure(chart, "Relative change, \u2016\u0394w\u2016 / \u2016w\u2016"))
+        figures.append(
+            _figure(
+                chart,
+                "Relative change <small>\u2016\u0394w\u2016 over the larger of \u2016w\u2016 before and after</small>",
+            )
+        )
     return f"<p>{total}</p>{_grid(figures)}"
 
 
@@ -763,13 +783,15 @@ def _confusion(view: View) -> str:
         return ""
     shown, columns, matrices = confusion_shares(confusion)
     classes = [str(confusion["classes"][k]) for k in shown]
+    closest = view.findings.get("closest")
     figures = []
     for name, rows in matrices.items():
         said = "; ".join(
             f"{c}: {100 * row[k]:.0f} % right" for k, (c, row) in enumerate(zip(classes, rows, strict=True))
         )
         chart = charts.heat_map(view.ident(), f"Confusion {name}", said, rows, classes, columns)
-        figures.append(_figure(chart, name.capitalize()))
+        whose = f" <bdi>{text(shorten(closest, 40))}</bdi>" if closest and name == "after" else ""
+        figures.append(_figure(chart, name.capitalize() + whose))
     note = _left_out(len(shown), len(confusion["classes"]), "classes whose predictions changed most")
     return _grid(figures) + note if figures else ""
 
@@ -779,10 +801,11 @@ def confusion_shares(confusion: Mapping[str, Any]) -> tuple[list[int], list[str]
 
     Of more than 20 classes those whose predictions changed most are shown, and the others are one last column.
     """
-    named = (("before", "before"), ("after", "after"), ("reference", "retrained"))
+    first = "before" if confusion.get("after") else "the model"
+    named = (("before", first), ("after", "after"), ("reference", "retrained"))
     matrices = {name: _shares(confusion[key]) for key, name in named if confusion.get(key)}
     classes = [str(c) for c in confusion["classes"]]
-    before, after = matrices.get("before"), matrices.get("after")
+    before, after = matrices.get(first), matrices.get("after") or matrices.get("retrained")
 
     def moved(cls: int) -> float:
         if not before or not after:
@@ -938,7 +961,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[View], str]], ...] = (
     (
         "probes",
         "Inside the layers",
-        "Did only the head go quiet? Then a probe still finds the forgotten data in a layer; 0.5 is a coin toss.",
+        "Did only the head go quiet? Then a probe finds the forgotten data in a layer better than in the retrained "
+        "model, whose features tell what it never saw apart, too; 0.5 is a coin toss.",
         _probes,
     ),
     (
@@ -961,6 +985,6 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[View], str]], ...] = (
         _relearn,
     ),
     ("limits", "Limits", "What these figures do not show.", _limits),
-    ("settings", "How it was run", "Enough to run it again.", _settings),
+    ("settings", "How it was run", "With config.yaml, which lies beside this file, enough to run it again.", _settings),
     ("record", "Record", "The file beside this report holds every figure.", _record),
 )

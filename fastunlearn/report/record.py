@@ -180,27 +180,28 @@ def record(
 
 def plain_limits(
     *,
-    method: str,
+    method: str | None,
     reference: bool,
     runs: int = 1,
     attacks: Sequence[str] = (),
-    samples: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What the figures do not show, as sentences for someone who does not know the field.
 
     Args:
-        method: its name.
+        method: its name; None where nothing was unlearned, only measured.
         reference: whether a model was retrained without the data and compared with.
         runs: over how many seeds the figures are.
         attacks: names of the membership attacks that were run; one whose name contains ``lira`` is per example.
-        samples: of the sets ``forget`` and ``test``, where they were attacked.
     """
-    found = [
-        "This record says what was run and what was measured; it is not a proof of erasure.",
-        f"{method} is approximate: nothing guarantees that these are weights which training without the data would "
-        "have led to.",
-        "Only the weights named here were changed: not copies of the model, nor backups, logs or the data themselves.",
-    ]
+    found = ["This report says what was measured; it is not a proof of erasure."]
+    if method is not None:
+        found = [
+            "This record says what was run and what was measured; it is not a proof of erasure.",
+            f"{method} is approximate: nothing guarantees that these are weights which training without the data would "
+            "have led to.",
+            "Only the weights named here were changed: not copies of the model, nor backups, logs or the data "
+            "themselves.",
+        ]
     if not reference:
         found.append("No model was retrained without the data, so the distance from one was not measured.")
     if runs == 1:
@@ -218,11 +219,6 @@ def plain_limits(
                 "These attacks put one threshold to all samples, which overstates how well single samples are "
                 "protected; no attack per example (U-LiRA) was run."
             )
-        for rate, text in ((0.001, "0.1 %"), (0.01, "1 %")):
-            tested = (samples or {}).get("test")
-            if tested is not None and tested * rate < 1:
-                found.append(f"With {tested} test samples a false positive rate of {text} is less than one sample.")
-                break
     return found
 
 

@@ -37,5 +37,7 @@ def models_table(findings: dict[str, Any]) -> Table:
 
 
 def _cell(accuracy: dict[str, Any], gap: dict[str, Any] | None) -> str:
-    spread = f" ±{(accuracy['high'] - accuracy['low']) / 2:.1f}" if "high" in accuracy else ""
-    return f"{accuracy['mean']:.1f}{spread}" + ("" if gap is None else f" ({gap['mean']:+.1f})")
+    mean = accuracy["mean"]
+    # The longer side: an interval that ends at 0 or 100 % is cut short on the other.
+    spread = f" ±{max(accuracy['high'] - mean, mean - accuracy['low']):.1f}" if "high" in accuracy else ""
+    return f"{mean:.1f}{spread}" + ("" if gap is None else f" ({gap['mean']:+.1f})")
