@@ -20,6 +20,7 @@ from torch import nn
 
 from fastunlearn.checkpoint import digest, load_weights, save_weights
 from fastunlearn.cli import main
+from fastunlearn.jobs import deletion
 from fastunlearn.jobs.comparison import _chosen, compare
 from fastunlearn.jobs.config import Config, ConfigError
 from fastunlearn.jobs.methods import METHODS
@@ -247,3 +248,54 @@ def test_without_matplotlib_there_are_no_pictures_and_all_else(
     assert main(flags) == 0
     assert "no pictures beside the report: they need matplotlib" in capsys.readouterr().err
     assert (request_.folder / "out" / "report.html").exists() and not (request_.folder / "out" / "pictures").exists()
+
+
+def interrupted(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until the method is done and the first model is to be measured."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(deletion, "measure", stop)
+        assert main(flags) == 130
+
+
+def test_a_run_goes_on_only_with_the_same_model_data_and_weights(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = quick(request_)
+    interrupted(flags, monkeypatch)
+    assert main(flags) == 1 and "or is still at it" in capsys.readouterr().err
+    data = dict(np.load(request_.path("train.npz")))
+    data["x"][0] += 1
+    state = load_weights(request_.path("weights.safetensors"))
+    first = next(iter(state))
+
+    def other_data() -> None:
+        np.savez(request_.path("train.npz"), **data)
+
+    def other_weights() -> None:
+        save_weights(request_.path("weights.safetensors"), state | {first: state[first] + 1})
+
+    def other_code() -> None:
+        (request_.folder / "net.py").write_text(NET.replace("ReLU", "Tanh"))
+
+    for change, what in ((other_data, "data digests"), (other_weights, "weights digest"), (other_code, "model digest")):
+        change()
+        assert main([*flags, "--resume"]) == 1
+        assert f"had another {what}" in capsys.readouterr().err
+        make_request(request_.folder)
+    assert main([*flags, "--resume"]) == 0
+    assert main([*flags, "--resume"]) == 0
+    other_weights()
+    assert main([*flags, "--resume"]) == 1
+    assert "holds the results for other weights than" in capsys.readouterr().err
+
+
+def test_a_test_set_without_the_forgotten_class_is_said_to_be_one(request_: Request) -> None:
+    data = np.load(request_.path("test.npz"))
+    np.savez(request_.path("lacking.npz"), x=data["x"][data["y"] != 1], y=data["y"][data["y"] != 1])
+    assert main(quick(request_, "--test", request_.path("lacking.npz"))) == 0
+    limits = json.loads((request_.folder / "out" / "record.json").read_text())["limits"]
+    assert any("No test sample is of a forgotten class" in limit for limit in limits)

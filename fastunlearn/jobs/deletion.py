@@ -293,6 +293,9 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     findings: dict[str, Any] = json.loads((out / "findings.json").read_text())
     with locked(log) as held:
         found = read_record(out / "record.json")
+        before = found["weights"]["before"]["digest"]
+        if config.weights is not None and digest(load_weights(config.weights)) != before:
+            raise ValueError(f"{out} holds the results for other weights than {config.weights} has now")
         if not held.has(found["id"]):
             if found["previous"] != held.last_hash:  # killed between the rename and the log, and another request came
                 found["previous"] = held.last_hash

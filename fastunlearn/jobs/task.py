@@ -184,8 +184,11 @@ class Task:
         chosen = {name: _hash(part.indices) for name, part in self._parts().items()}
         reference = None if self.reference is None else digest(self.reference)
         config = {k: v for k, v in self.config.as_dict().items() if k not in ("out", "log", "cache")}
-        return {**config, "weights digest": self.digest, "data digests": sources, "samples": chosen,
-                "reference digest": reference}  # fmt: skip
+        file = Path(self.config.model.rpartition(":")[0])
+        code = file.read_bytes() if file.suffix == ".py" else b""
+        model = hashlib.sha256(repr(self.model).encode() + code).hexdigest()
+        return {**config, "model digest": model, "weights digest": self.digest, "data digests": sources,
+                "samples": chosen, "reference digest": reference}  # fmt: skip
 
     def _parts(self) -> dict[str, Part]:
         held = {} if self.validation is None else {"validation": self.validation}
