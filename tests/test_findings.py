@@ -55,11 +55,20 @@ def test_numbers_of_several_runs_get_student_s_interval() -> None:
 
 
 def test_an_interval_within_a_run_gives_way_to_that_over_runs() -> None:
-    first, second = one(0.6, 0.05), one(0.8, 0.01)
+    first, second = one(0.6, 0.05), one(0.61, 0.01)
     assert joined([{"auc": first}]) == {"auc": first}
+    half = 0.005 * T2
     assert joined([{"auc": first}, {"auc": second}])["auc"] == pytest.approx(
-        {"mean": 0.7, "runs": 2, "low": 0.7 - 0.1 * T2, "high": 0.7 + 0.1 * T2}
+        {"mean": 0.605, "runs": 2, "low": 0.605 - half, "high": 0.605 + half}
     )
+
+
+def test_an_interval_ends_where_the_figure_does() -> None:
+    found = joined([{"auc": 0.9, "accuracy": {"test": 1.0}, "gap": {"test": 1.0}, "kl": {"test": 0.0}},
+                    {"auc": 1.0, "accuracy": {"test": 3.0}, "gap": {"test": 3.0}, "kl": {"test": 1.0}}])  # fmt: skip
+    assert (found["auc"]["high"], found["accuracy"]["test"]["low"], found["kl"]["test"]["low"]) == (1.0, 0.0, 0.0)
+    assert found["auc"]["low"] == pytest.approx(0.95 - 0.05 * T2)
+    assert found["gap"]["test"]["low"] == pytest.approx(2 - T2)  # a gap may be below zero
 
 
 def test_what_is_missing_in_one_run_is_missing() -> None:
@@ -140,7 +149,8 @@ def test_how_far_is_forgotten(forget: float, aucs: tuple[float, float] | None, w
 
 def test_of_few_samples_chance_is_allowed_for() -> None:
     """Two standard errors of 80 % over 16 samples are 20 points."""
-    assert said(95.0, samples=16).startswith("Forgotten")
+    assert said(95.0, samples=16).startswith("Undecided")  # the original is within 20 points, too
+    assert said(75.5, samples=256, goal=80.0).startswith("Forgotten")  # 5 points
     assert said(95.0, samples=400).startswith("Not forgotten")  # 4 points
 
 
@@ -199,8 +209,8 @@ def test_the_closest_has_the_smallest_mean_distance_and_comes_first() -> None:
 def test_the_verdict_of_a_comparison() -> None:
     models = compared()
     assert comparison_verdict(models, closest(models)) == (
-        "Of 3 methods over 3 seeds, deepclean comes closest to a model that never saw the data: 2.00 points away on "
-        "average over 2 sets (doing nothing: 10.50), in 1.5 s where retraining takes 60 s."
+        "Of 3 methods over 3 seeds, deepclean comes closest to a model that never saw the data: 2.00 points away in "
+        "accuracy, on average over 2 sets (doing nothing: 10.50), in 1.5 s where retraining takes 60 s."
     )
 
 
@@ -208,7 +218,7 @@ def test_doing_nothing_may_be_closest() -> None:
     models = compared()
     models[0]["gap"] = {"forget": one(1.0), "test": one(0.0)}
     text = comparison_verdict(models, closest(models))
-    assert "2.00 points away on average over 2 sets (farther than doing nothing: 0.50)" in text
+    assert "2.00 points away in accuracy, on average over 2 sets (farther than doing nothing: 0.50)" in text
 
 
 def test_a_given_reference_has_no_time() -> None:
