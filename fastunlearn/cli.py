@@ -1,7 +1,7 @@
 """The command line. Every command does all of what it says, or nothing and one line about why.
 
 Exit codes: 0 done; 1 refused or failed, for the reason on stderr; 2 a wrong flag or configuration; 3 ``verify`` found
-something that does not hold; 130 interrupted.
+something that does not hold; 130 interrupted; 141 nobody reads what is said (``| head``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastunlearn.jobs.config import Config, ConfigError, add_flags, resolve
+from fastunlearn.jobs.config import ConfigError, add_flags, resolve
 
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
            "batch_size", "device", "seed")  # fmt: skip
@@ -50,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.error(f"{flag} is not known here" + (f"; did you mean {close[0]}?" if close else ""))
     command = " ".join(part for part in (arguments.command, getattr(arguments, "action", None)) if part)
     try:
-        code: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {_line(message)}")
+            code: int = arguments.run(arguments)
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
+    except BrokenPipeError:  # all is written but what is said about it, and who reads that has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except KeyboardInterrupt:
         more = "; --resume goes on with it" if hasattr(arguments, "resume") else ""
         print(f"fastunlearn {command}: interrupted; nothing half done is left{more}", file=sys.stderr)
@@ -113,9 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _line(error: BaseException) -> str:
-    """An error's own words, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _line(message: BaseException | str) -> str:
+    """An error's or a warning's own words, in one line."""
+    return " ".join(str(message).split()) or type(message).__name__
 
 
 def _say(text: str) -> None:
@@ -125,17 +133,12 @@ def _say(text: str) -> None:
 def _console() -> Any:
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for main(), instead of an exit as of a failure
+
     # A file or a pipe has no width: give the table the one it needs.
-    return Console(width=None if sys.stdout.isatty() else 240)
-
-
-def _config(arguments: argparse.Namespace) -> Config:
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {_line_of(message)}")
-    return resolve(arguments)
-
-
-def _line_of(message: Warning | str) -> str:
-    return " ".join(str(message).split())
+    return Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 240)
 
 
 def _show(findings: dict[str, Any]) -> None:
@@ -148,7 +151,7 @@ def _show(findings: dict[str, Any]) -> None:
 def _unlearn(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.deletion import unlearn
 
-    out, findings = unlearn(_config(arguments), arguments.resume, _say)
+    out, findings = unlearn(resolve(arguments), arguments.resume, _say)
     _show(findings)
     print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
     return 0
@@ -158,14 +161,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.planning import plan
     from fastunlearn.jobs.task import open_task
 
-    print(plan(open_task(_config(arguments))))
+    print(plan(open_task(resolve(arguments))))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.comparison import compare
 
-    out, findings = compare(_config(arguments), arguments.resume, _say)
+    out, findings = compare(resolve(arguments), arguments.resume, _say)
     _show(findings)
     print(f"report: {out / 'report.html'}")
     return 0
@@ -174,7 +177,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.evaluation import evaluate_weights
 
-    _show(evaluate_weights(_config(arguments), _say))
+    _show(evaluate_weights(resolve(arguments), _say))
     return 0
 
 

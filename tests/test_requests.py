@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +20,11 @@ from torch import nn
 
 from fastunlearn.checkpoint import digest, load_weights, save_weights
 from fastunlearn.cli import main
-from fastunlearn.jobs.config import Config
+from fastunlearn.jobs import deletion
+from fastunlearn.jobs.comparison import _chosen, compare
+from fastunlearn.jobs.config import Config, ConfigError
 from fastunlearn.jobs.methods import METHODS
-from fastunlearn.jobs.task import Task, open_task
+from fastunlearn.jobs.task import FORGOTTEN_TEST, Task, open_task
 from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.report.record import weights_entry
 
@@ -174,3 +182,120 @@ def test_u_lira_s_method_is_given_some_of_every_forgotten_class_and_the_validati
     more = ("--data", request_.path("sorted.npz"), "--forget", "class:0,1", "--set", "hessian_samples=8")
     assert main(["unlearn", *flags, *budget, *shadows, *more]) == 0
     assert len(seen) == 1 + 4 and seen == [({0, 1}, True)] * 5
+
+
+def test_output_that_nobody_reads_is_no_failure(request_: Request) -> None:
+    """``| head`` closes the pipe; the results are there, the log has its line, and nothing is said of an error."""
+    flags = quick(request_)
+    for i, redirected in enumerate(("| true", ">&-")):
+        command = [sys.executable, "-m", "fastunlearn", *flags, "--out", request_.path(f"out{i}")]
+        script = f"{shlex.join(command)} {redirected}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == (141, 0)[i]
+        assert not {"Error", "Errno", "Traceback", "Exception"} & set(done.stderr.replace(":", " ").split())
+        assert (request_.folder / f"out{i}" / "record.json").exists()
+        assert len((request_.folder / "log.jsonl").read_text().splitlines()) == i + 1
+
+
+def test_warnings_of_others_are_shown_as_before_once_a_command_is_done(request_: Request) -> None:
+    shown = warnings.showwarning
+    assert main(["plan", *request_.flags(out=None)]) == 0
+    assert warnings.showwarning is shown
+
+
+def test_classes_of_forget_and_retain_as_data_of_their_own_are_numbered_together(request_: Request) -> None:
+    """As in the data that they were one of, whichever classes each of them lacks."""
+    names = np.array(["eel", "ant", "fox", "cat"])  # sorted: ant, cat, eel, fox
+    data, test = np.load(request_.path("train.npz")), np.load(request_.path("test.npz"))
+    for name, rows, source in (
+        ("forget", data["y"] == 0, data), ("retain", data["y"] % 4 != 0, data), ("test", test["y"] >= 0, test)
+    ):  # fmt: skip
+        np.savez(request_.path(f"{name}_.npz"), x=source["x"][rows], y=names[source["y"][rows]])
+    one = {name: request_.path(f"{name}_.npz") for name in ("forget", "retain", "test")}
+    task = open_task(
+        Config(model=request_.path("net.py") + ":net", weights=request_.path("weights.safetensors"), **one)
+    )
+    assert task.classes == ["ant", "cat", "eel", "fox"] and task.whole_classes == [2]
+    assert {name: sorted(set(part.labels.tolist())) for name, part in task.sets.items()} == {
+        "forget": [2], "retain": [0, 1, 3], "test": [0, 1, 3], FORGOTTEN_TEST: [2]
+    }  # fmt: skip
+
+
+def test_test_samples_are_not_those_of_the_request(request_: Request, capsys: pytest.CaptureFixture[str]) -> None:
+    same = request_.path("same.npz")
+    shutil.copy(request_.path("train.npz"), same)
+    code, line = refused(quick(request_, "--test", same), capsys)
+    assert code == 1 and f"--test {same} holds the samples that are forgotten or retained" in line
+
+
+@pytest.mark.parametrize("label", ["a/../../b", "", "/tmp/x", "x" * 81, "a\nb"])
+def test_a_label_of_a_comparison_names_files(label: str) -> None:
+    config = Config(model="a:b", forget="class:1", out="out", methods=[{"method": "ssd", "label": label}])
+    if label:
+        with pytest.raises(ConfigError, match="methods: ssd: label must be up to 80"):
+            compare(config, False, print)
+    else:
+        assert _chosen(config)[0][0] == "ssd"
+
+
+def test_without_matplotlib_there_are_no_pictures_and_all_else(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    flags = quick(request_)
+    flags.remove("--no-pictures")
+    assert main(flags) == 0
+    assert "no pictures beside the report: they need matplotlib" in capsys.readouterr().err
+    assert (request_.folder / "out" / "report.html").exists() and not (request_.folder / "out" / "pictures").exists()
+
+
+def interrupted(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until the method is done and the first model is to be measured."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(deletion, "measure", stop)
+        assert main(flags) == 130
+
+
+def test_a_run_goes_on_only_with_the_same_model_data_and_weights(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = quick(request_)
+    interrupted(flags, monkeypatch)
+    assert main(flags) == 1 and "or is still at it" in capsys.readouterr().err
+    data = dict(np.load(request_.path("train.npz")))
+    data["x"][0] += 1
+    state = load_weights(request_.path("weights.safetensors"))
+    first = next(iter(state))
+
+    def other_data() -> None:
+        np.savez(request_.path("train.npz"), **data)
+
+    def other_weights() -> None:
+        save_weights(request_.path("weights.safetensors"), state | {first: state[first] + 1})
+
+    def other_code() -> None:
+        (request_.folder / "net.py").write_text(NET.replace("ReLU", "Tanh"))
+
+    for change, what in ((other_data, "data digests"), (other_weights, "weights digest"), (other_code, "model digest")):
+        change()
+        assert main([*flags, "--resume"]) == 1
+        assert f"had another {what}" in capsys.readouterr().err
+        make_request(request_.folder)
+    assert main([*flags, "--resume"]) == 0
+    assert main([*flags, "--resume"]) == 0
+    other_weights()
+    assert main([*flags, "--resume"]) == 1
+    assert "holds the results for other weights than" in capsys.readouterr().err
+
+
+def test_a_test_set_without_the_forgotten_class_is_said_to_be_one(request_: Request) -> None:
+    data = np.load(request_.path("test.npz"))
+    np.savez(request_.path("lacking.npz"), x=data["x"][data["y"] != 1], y=data["y"][data["y"] != 1])
+    assert main(quick(request_, "--test", request_.path("lacking.npz"))) == 0
+    limits = json.loads((request_.folder / "out" / "record.json").read_text())["limits"]
+    assert any("No test sample is of a forgotten class" in limit for limit in limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import nn
 from fastunlearn.checkpoint import load_into, load_weights, save_weights
 from fastunlearn.files import write_json, write_text
 from fastunlearn.jobs.config import Config, ConfigError, Say, check_type, write_config
-from fastunlearn.jobs.deletion import run_method, train
+from fastunlearn.jobs.deletion import draws, run_method, train
 from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
 from fastunlearn.jobs.measuring import Known, measure
 from fastunlearn.jobs.methods import entry, make_method
@@ -52,7 +53,7 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     try:
         run = _Comparison(task, space, chosen, say)
         findings = run.findings(skipped)
-        if config.pictures:
+        if draws(config, say):
             write_pictures(findings, space.path / "pictures")
         # The way that was faster here, so that the file gives the same bits elsewhere.
         write_text(space.path / "config.yaml", write_config(replace(config, stack=run.stack)))
@@ -78,6 +79,10 @@ def _chosen(config: Config) -> list[Chosen]:
         name, settings, label = given["method"], given.get("settings") or {}, given.get("label") or given["method"]
         check_type(settings, "dict", f"methods: {name}: settings")
         check_type(label, "str", f"methods: {name}: label")
+        if not re.fullmatch(r"[\w .,;:=()+%-]{1,80}", label):  # files are called by it
+            raise ConfigError(
+                f"methods: {name}: label must be up to 80 letters, digits and simple signs, got {label!r}"
+            )
         if name == "retrain":
             raise ConfigError("methods: retrain is always run, as the reference; leave it out")
         make_method(name, settings, config.seed, nn.Module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 import uuid
@@ -180,7 +181,7 @@ class _Run:
         write_json(space.path / "outcome.json", {k: v for k, v in outcome.items() if k != "kernels"})
         if not (space.path / "salt").exists():
             write_salt(space.path / "salt", new_salt())
-        if config.pictures:
+        if draws(config, self.say):
             write_pictures(findings, space.path / "pictures")
         origin = task.weights if task.weights is not None else Path("the model's own")
         with locked(log) as held:
@@ -263,6 +264,14 @@ def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) 
     return outcome, kernels
 
 
+def draws(config: Config, say: Say) -> bool:
+    """Whether pictures are wanted and can be drawn; what is missing is said and no reason to lose the rest."""
+    if config.pictures and importlib.util.find_spec("matplotlib") is None:
+        say("no pictures beside the report: they need matplotlib, pip install fastunlearn[report]")
+        return False
+    return config.pictures
+
+
 def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list[nn.Module], float, TrainingReport]:
     """A fresh model on each part, several at once where that is faster; the models, seconds of one, and how."""
     source = parts[0].samples
@@ -285,6 +294,9 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     findings: dict[str, Any] = json.loads((out / "findings.json").read_text())
     with locked(log) as held:
         found = read_record(out / "record.json")
+        before = found["weights"]["before"]["digest"]
+        if config.weights is not None and digest(load_weights(config.weights)) != before:
+            raise ValueError(f"{out} holds the results for other weights than {config.weights} has now")
         if not held.has(found["id"]):
             if found["previous"] != held.last_hash:  # killed between the rename and the log, and another request came
                 found["previous"] = held.last_hash

@@ -108,6 +108,8 @@ def measure(
     found["probes"] = found["activation_distance"] = None
     if (drawn := len(task.measured)) < (there := len(task.retain)):
         found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
+    if task.test is not None and not bool(torch.isin(task.test.labels, task.forget.labels).any()):
+        found["notes"].append("No test sample is of a forgotten class: attacks may tell them apart by the class alone.")
     # Layers that do not keep their samples on the first axis can not be looked into; the rest still can be said.
     try:
         found["probes"] = _probes(task, model)

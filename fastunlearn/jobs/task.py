@@ -7,7 +7,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ class Task:
 
     def require_trained(self) -> None:
         """Raise ConfigError where the model's weights are newly drawn ones, which know nothing to unlearn."""
-        if self.weights is None and digest(make_model(self.config, len(self.classes)).state_dict()) != self.digest:
+        build = partial(make_model, self.config, len(self.classes))
+        if self.weights is None and digest(self._drawn(build)) != self.digest:
             raise ConfigError(
                 f"weights is missing: the model of --model {self.config.model} has new random weights each time; "
                 "give --weights"
@@ -153,13 +154,17 @@ class Task:
 
     def require_fresh(self) -> None:
         """Raise ValueError where a newly made model has the original's weights: training it is no retraining."""
-        state = self.fresh().state_dict()
+        state = self._drawn(self.fresh)
         drawn = any(bool((value != value.flatten()[0]).any()) for value in state.values() if value.numel())
         if drawn and digest(state) == self.digest:
             raise ValueError(
                 f"--model {self.config.model} makes a model that has the original's weights from the start, so it can "
                 "not be retrained without the forgotten samples; let it make new ones, and give those with --weights"
             )
+
+    def _drawn(self, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+        """The weights of a newly made model, drawn with another seed than :func:`open_task` did."""
+        return initial_model(build, derived_seed(self.config.seed, "drawn")).state_dict()
 
     def copy(self) -> nn.Module:
         """The model, to be changed."""
@@ -179,8 +184,11 @@ class Task:
         chosen = {name: _hash(part.indices) for name, part in self._parts().items()}
         reference = None if self.reference is None else digest(self.reference)
         config = {k: v for k, v in self.config.as_dict().items() if k not in ("out", "log", "cache")}
-        return {**config, "weights digest": self.digest, "data digests": sources, "samples": chosen,
-                "reference digest": reference}  # fmt: skip
+        file = Path(self.config.model.rpartition(":")[0])
+        code = file.read_bytes() if file.suffix == ".py" else b""
+        model = hashlib.sha256(repr(self.model).encode() + code).hexdigest()
+        return {**config, "model digest": model, "weights digest": self.digest, "data digests": sources,
+                "samples": chosen, "reference digest": reference}  # fmt: skip
 
     def _parts(self) -> dict[str, Part]:
         held = {} if self.validation is None else {"validation": self.validation}
@@ -203,17 +211,14 @@ def open_task(config: Config) -> Task:
     names: list[str] | None = None  # of the classes, from the first source that has any: a class is a number once
 
     def opened(name: str, spec: str) -> Samples:
-        nonlocal names
         with naming(flag_of(name)):
-            samples = open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
-        names = names or samples.classes
-        return samples
+            return open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
 
     forget, retain = _forget_and_retain(config, opened)
-    test, validation = (
-        None if (spec := getattr(config, name)) is None else _whole(name, opened(name, spec))
-        for name in ("test", "validation")
-    )
+    names = forget.samples.classes or retain.samples.classes
+    test = None if config.test is None else _whole("test", opened("test", config.test))
+    names = names or (test.samples.classes if test is not None else None)
+    validation = None if config.validation is None else _whole("validation", opened("validation", config.validation))
     classes = _classes([p.samples for p in (forget, retain, test, validation) if p is not None])
     # Seeded, so that an interrupted run without weights is known again when it goes on.
     model = initial_model(lambda: make_model(config, len(classes)), config.seed)
@@ -236,6 +241,8 @@ def open_task(config: Config) -> Task:
     recipe = pick(Recipe, config.training, "training")
     # Another draw than those of the methods, or what is measured would be what they have seen.
     measured = retain.at_most(config.measured, derived_seed(config.seed, "measured"))
+    if test is not None and any(test.samples.digest() == part.samples.digest() for part in (forget, retain)):
+        raise ValueError(f"--test {config.test} holds the samples that are forgotten or retained; give others")
     task = Task(
         config, device, model, weights, forget, retain, measured, test, validation, reference, recipe, classes,
     )  # fmt: skip
@@ -291,7 +298,8 @@ def _forget_and_retain(config: Config, opened: Callable[[str, str], Samples]) ->
     if config.data is None:
         if config.retain == "rest":
             raise ConfigError("retain is rest, but of what: give --data, or --retain with data of its own")
-        return _whole("forget", opened("forget", config.forget)), _whole("retain", opened("retain", config.retain))
+        both = _sharing_classes(opened("forget", config.forget), opened("retain", config.retain))
+        return _whole("forget", both[0]), _whole("retain", both[1])
     source = opened("data", config.data)
     with naming("--forget"):
         forgotten = select(source, config.forget)
@@ -304,11 +312,27 @@ def _forget_and_retain(config: Config, opened: Callable[[str, str], Samples]) ->
     else:
         with naming("--retain"):
             kept = select(source, config.retain)
-        both = torch.isin(kept, forgotten)
-        if bool(both.any()):
-            first = int(kept[both][0])
+        twice = torch.isin(kept, forgotten)
+        if bool(twice.any()):
+            first = int(kept[twice][0])
             raise ValueError(f"sample {first} is in both --forget {config.forget} and --retain {config.retain}")
     return Part("forget", source, forgotten), Part("retain", source, kept)
+
+
+def _sharing_classes(forget: Samples, retain: Samples) -> tuple[Samples, Samples]:
+    """Both with the class numbers of the data that they were one of: those of all names together, sorted."""
+    names = [samples.classes for samples in (forget, retain)]
+    if names[0] == names[1] or any(own is None or own != sorted(own) for own in names):
+        return forget, retain
+    together = sorted(set().union(*(own for own in names if own is not None)))
+    return _renumbered(forget, together), _renumbered(retain, together)
+
+
+def _renumbered(samples: Samples, classes: list[str]) -> Samples:
+    """The same samples, whose classes are among ``classes``, with the numbers of these."""
+    assert samples.classes is not None
+    numbers = torch.tensor([classes.index(name) for name in samples.classes], dtype=torch.int64)
+    return replace(samples, labels=numbers[samples.labels], classes=classes)
 
 
 def _whole(name: str, samples: Samples) -> Part:

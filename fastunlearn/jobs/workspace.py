@@ -123,7 +123,8 @@ def require_free(out: Path, resume: bool) -> None:
         raise FileExistsError(f"--out {out} is not empty; give a folder that is, or does not exist")
     if _unfinished(out).exists() and not resume:
         raise FileExistsError(
-            f"a run for {out} was interrupted: --resume goes on with it, or remove {_unfinished(out)}"
+            f"a run for {out} was interrupted, or is still at it: --resume goes on with it, or remove "
+            f"{_unfinished(out)}"
         )
     require_makeable(out, "--out")
 
