@@ -228,7 +228,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
           f"runs on {info['torch_target']} and later")  # fmt: skip
     for package, module, why in (
         ("matplotlib", "matplotlib", "pictures"),
-        ("scikit-learn", "sklearn", "the demo's data and the attack's AUC"),
+        ("pandas", "pandas", "CSV, Parquet and JSON lines"),
+        ("pillow", "PIL", "images"),
+        ("datasets", "datasets", "Hugging Face datasets"),
+        ("transformers", "transformers", "Hugging Face models"),
     ):
         if importlib.util.find_spec(module) is None:
             print(f"  missing  {package}, used for {why}: pip install {package}")
