@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from fastunlearn.report import charts
 from fastunlearn.report.charts import Dot, Line, Scale, Slope
-from fastunlearn.report.html import SECTIONS, render, write_report
+from fastunlearn.report.html import render, write_report
 from fastunlearn.report.pictures import write_pictures
+from fastunlearn.report.sections import SECTIONS
 
 OUT = Path(__file__).parent.parent / "out"
 ARGUMENTS = (

@@ -9,7 +9,7 @@ from typing import Any
 from fastunlearn.figures import new_figure
 from fastunlearn.files import replacing
 from fastunlearn.report.charts import finite, numbers, shorten
-from fastunlearn.report.html import MOST_ATTACKS, MOST_CLASSES, MOST_LAYERS, View, confusion_shares, most_changed
+from fastunlearn.report.markup import MOST_ATTACKS, MOST_CLASSES, MOST_LAYERS, View, confusion_shares, most_changed
 
 # The page's light colours (report.css --s0 to --s8): the original model's, the reference's, then the others'.
 COLOURS = ("#75807d", "#14201e", "#c74a00", "#0068ad", "#007a59", "#a03f84", "#8a6400", "#3b7fc4", "#8c3b2a")
