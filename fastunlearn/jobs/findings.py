@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 NEAR_POINTS = 2.0  # points of accuracy that count as the same, beside what chance allows
 NEAR_AUC = 0.05
+NO_GAIN = 0.05  # points of accuracy that are no step towards the retrained model
 _FROM_ZERO = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
 _RANGES = {**RANGES, "loss": _FROM_ZERO, "auc": _SHARE, "tpr": _SHARE, "svc": (0.0, 100.0), "relearn": _FROM_ZERO,
@@ -122,14 +123,18 @@ def comparison_verdict(models: Sequence[Row], best: Row) -> str:
     runs = best["accuracy"]["forget"]["runs"]
     over = f"over {runs} seeds" if runs > 1 else "with one seed"
     sets = len(best["gap"])
-    word = "farther than doing nothing" if distance(best) > distance(original) else "doing nothing"
     spent = f", in {best['seconds']['mean']:.3g} s"
     if reference["seconds"] is not None:
         spent += f" where retraining takes {reference['seconds']['mean']:.3g} s"
+    away = f"{distance(best):.2f} points away in accuracy, on average over {sets} sets"
+    if distance(best) > distance(original) - NO_GAIN:
+        return (
+            f"None of {tried} methods {over} comes closer to a model that never saw the data than doing nothing, "
+            f"{distance(original):.2f} points away in accuracy; the closest is {best['name']}: {away}{spent}."
+        )
     return (
-        f"Of {tried} methods {over}, {best['name']} comes closest to a model that never saw the data: "
-        f"{distance(best):.2f} points away in accuracy, on average over {sets} sets ({word}: {distance(original):.2f})"
-        f"{spent}."
+        f"Of {tried} methods {over}, {best['name']} comes closest to a model that never saw the data: {away} "
+        f"(doing nothing: {distance(original):.2f}){spent}."
     )
 
 
