@@ -9,9 +9,10 @@ SOURCES := CMakeLists.txt setup.py pyproject.toml cmake/find_torch.py $(shell fi
 SANITIZED := OMP_NUM_THREADS=1 FASTUNLEARN_TEST_BACKENDS=emulated ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 setarch -R
-# What is too large takes minutes here, and what runs a kernel again to compare bits or errors shows nothing new.
-EACH_KERNEL := emulated and not too_large and not drift and not repeat and not repetition and \
-	not (eigh_errs and (float64 or wide or indefinite))
+# What is too large takes minutes here. Left out, too, is what runs shapes of the error tests again to compare bits, and
+# the two slowest of the ten spectra: the kernels and their paths are the same.
+EACH_KERNEL := emulated and not too_large and not repeat and not (repetition and bits) and \
+	not (eigh_errs and (wide or indefinite))
 # --capture=sys: pytest would swallow the report of a process that dies.
 OPERATOR_TESTS := -q -k "$(EACH_KERNEL)" --durations=10 --capture=sys -p no:cacheprovider tests/test_ops.py \
 	tests/test_reset.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py tests/test_wgmma.py
