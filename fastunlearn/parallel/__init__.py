@@ -1,0 +1,1 @@
+"""Models that several processes hold together, with the engines of torch.distributed."""

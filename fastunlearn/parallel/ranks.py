@@ -1,0 +1,94 @@
+"""Who works together on a model, and what of it each process holds: DDP, FSDP2, tensor parallelism as torch has them.
+
+A plain model is worked on alone, whatever process groups exist. A model in DistributedDataParallel, or sharded by
+``fully_shard`` or ``parallelize_module``, is worked on by all its ranks together: each calls the same function at the
+same time, with its own share of the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that work together; one alone has no group and no collective costs anything.
+
+    Attributes:
+        group: of torch.distributed; None for one process alone.
+        rank: of this process in the group, from 0.
+        size: how many there are.
+    """
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Ranks:
+        return cls(group, dist.get_rank(group), dist.get_world_size(group)) if group.size() > 1 else cls()
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace every tensor by its sum over the ranks, in place."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order; anything that can be pickled."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any rank."""
+        return any(self.gather(here))
+
+
+ALONE = Ranks()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel; any other as it is."""
+    return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def everyone(model: nn.Module) -> Ranks:
+    """All ranks that hold a part of the model or of its samples."""
+    if isinstance(model, DistributedDataParallel):
+        return Ranks.of(model.process_group)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        assert dist.group.WORLD is not None  # there is no mesh without
+        return Ranks.of(dist.group.WORLD)
+    return ALONE
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of a plain one, the local tensor of a DTensor, without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def world() -> Ranks:
+    """The processes that torchrun started together, if they have been joined; else this one alone."""
+    if not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    assert dist.group.WORLD is not None
+    return Ranks.of(dist.group.WORLD)
+
+
+def sum_over(ranks: Ranks, numbers: Iterable[float], device: torch.device) -> list[float]:
+    """Numbers added up over the ranks, in float64."""
+    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    ranks.sum_(total)
+    found: list[float] = total.tolist()
+    return found
