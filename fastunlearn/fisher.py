@@ -36,7 +36,7 @@ from fastunlearn.graph import Aliases, Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
-from fastunlearn.parallel.ranks import ALONE, Ranks, sharing, unwrapped
+from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -228,6 +228,7 @@ def fisher_diagonal(
         work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
         for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
             work.add(batch, counts)
+            reshard(model)
     samples = sum(ranks.gather(work.samples))
     if not samples:
         raise ValueError(f"{name} has no position with a label other than {IGNORED}")
@@ -345,8 +346,8 @@ class _Work:
         """Every pass is a collective, so all ranks plan alike, and no layer is ever run by itself."""
         one = None
         if self.plan is None:
+            owners = ruled_owners(dict(self.model.named_modules()))  # before a pass leaves weights gathered
             one = probe(self.model, self.losses_of, batch, self.device, self.aliases)
-            owners = ruled_owners(dict(self.model.named_modules()))
             self.plan = sharded_plan(
                 self.model, self.losses_of, batch, one, owners, self.targets, self.autocast, self.aliases
             )

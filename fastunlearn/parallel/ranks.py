@@ -64,10 +64,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put the root's weights back into shards, which it leaves gathered after a forward pass alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def everyone(model: nn.Module) -> Ranks:
-    """All ranks that hold a part of the model or of its samples."""
+    """All ranks that hold a part of the model or of its samples; it is in its shards afterwards."""
     if isinstance(model, DistributedDataParallel):
         return Ranks.of(model.process_group)
+    reshard(model)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         assert dist.group.WORLD is not None  # there is no mesh without
         return Ranks.of(dist.group.WORLD)
@@ -83,6 +91,7 @@ def sharing(model: nn.Module) -> Ranks:
         return Ranks.of(model.process_group)
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return ALONE
+    reshard(model)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise ValueError(f"{name} is not sharded, but others are; call fully_shard on the whole model, too")
