@@ -34,6 +34,7 @@ from fastunlearn.data import (
 from fastunlearn.draws import derived_seed
 from fastunlearn.graph import Aliases, Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
+from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
 from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
@@ -308,6 +309,7 @@ class _Work:
         autocast: Callable[[], AbstractContextManager[Any]],
         ranks: Ranks,
     ) -> None:
+        loss_fn = loss_for(model, loss_fn, sample == "token")
         self.model, self.loss_fn, self.kind, self.sample, self.seed = model, loss_fn, kind, sample, seed
         self.targets, self.sums, self.autocast, self.ranks = sums.parameters, sums, autocast, ranks
         self.device = device_of(model)
@@ -464,6 +466,11 @@ class _Work:
     def _passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         """The backward passes of a batch: what to differentiate, how many samples it completes, whether it is the
         last. In each, every sample of the batch has one gradient."""
+        if is_next_token_loss(self.loss_fn):
+            return fisher_passes(outputs, batch.targets, self.kind, self.sample, self.generator, self.autocast)
+        return self._classifier_passes(outputs, batch)
+
+    def _classifier_passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         labels: list[tuple[Any, Tensor | None]]
         if self.kind == "empirical":
             labels = [(batch.targets, None)]
