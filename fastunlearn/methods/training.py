@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastunlearn.data import Batches, LossFunction, per_sample_loss
 from fastunlearn.hooks import device_of
+from fastunlearn.language import loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import Dealt, together
 from fastunlearn.parallel.ranks import Ranks, sharing
@@ -42,6 +43,7 @@ def descend(
         batches = batches.split
     device = device_of(model)
     running = _engine(model)
+    loss_fn = loss_for(model, loss_fn)
     for epoch in _epochs(epochs, name, progress):
         for batch, counts in together(batches, name, device, ranks):
             losses = per_sample_loss(loss_fn, batch.outputs(running), batch.targets, batch.size)
