@@ -138,6 +138,7 @@ class DeepClean:
         progress: show progress bars.
         fisher_dtype: torch.bfloat16 holds the information in half of the memory, see
             :func:`fastunlearn.fisher_diagonal`; None for float32.
+        offload: hold the information in host memory.
         passes: read the data so many times, each for its share of the weights: the information of one share at a time
             is held, and masks of one bit a weight are kept of it. What is reset is what one pass would reset, so gamma
             must be given, or ``per_layer``.
@@ -164,6 +165,7 @@ class DeepClean:
     seed: int = 0
     progress: bool = False
     fisher_dtype: torch.dtype | None = None
+    offload: bool = False
     passes: int = 1
 
     def __post_init__(self) -> None:
@@ -328,7 +330,7 @@ class DeepClean:
     ) -> Importances:
         return measure(
             outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress,
-                self.fisher_samples, self.fisher_dtype,
+                self.fisher_samples, self.fisher_dtype, self.offload,
         )  # fmt: skip
 
     def _threshold(self, importances: Importances) -> tuple[Tensor, Tensor]:
@@ -353,10 +355,10 @@ class DeepClean:
         means = importances.means(importances.weights) if apart else None
         masks, values, counts = [], {}, []
         for i, (name, weight) in enumerate(zip(importances.parameters, importances.weights, strict=True)):
-            copied = weight.clone()  # one tensor's at a time
+            copied = weight.clone()  # one tensor's at a time, and of information that is kept on the host
+            forget, retain = importances.forget[i].to(weight.device), importances.retain[i].to(weight.device)
             mask, count = ops.threshold_reset_(
-                [copied], importances.forget[i : i + 1], importances.retain[i : i + 1], gammas[i], self.reset,
-                floors[i : i + 1], None if fresh is None else [fresh[name]],
+                [copied], [forget], [retain], gammas[i], self.reset, floors[i : i + 1], None if fresh is None else [fresh[name]],
                 means=None if means is None else means[i : i + 1].nan_to_num(),
             )  # fmt: skip
             masks += mask
@@ -491,6 +493,7 @@ class DeepClean:
             "fisher": self.fisher,
             "fisher_samples": self.fisher_samples,
             "fisher_dtype": None if self.fisher_dtype is None else str(self.fisher_dtype),
+            "offload": self.offload,
             "passes": self.passes,
             "seed": self.seed,
         }
