@@ -263,12 +263,12 @@ def test_drawn_labels_are_distributed_as_the_model_says(sample: Any) -> None:
     name = "transformer.h.1.mlp.c_proj.bias"
     exact = fisher_diagonal(model, [batch], kind="exact", sample=sample, params=[name])[name].sum()
     drawn = torch.stack([
-        fisher_diagonal(model, [batch] * 20, kind="monte_carlo", sample=sample, params=[name], seed=s)[name].sum()
-        for s in range(16)
+        fisher_diagonal(model, [batch] * 6, kind="monte_carlo", sample=sample, params=[name], seed=s)[name].sum()
+        for s in range(9)
     ])  # fmt: skip
     assert float(drawn.std()) > 0
-    assert abs(float(drawn.mean() - exact)) < 3 * float(drawn.std()) / 16**0.5
-    again = fisher_diagonal(model, [batch] * 20, kind="monte_carlo", sample=sample, params=[name], seed=7)[name].sum()
+    assert abs(float(drawn.mean() - exact)) < 3 * float(drawn.std()) / 3
+    again = fisher_diagonal(model, [batch] * 6, kind="monte_carlo", sample=sample, params=[name], seed=7)[name].sum()
     assert torch.equal(again, drawn[7])
 
 
@@ -536,7 +536,9 @@ def test_accuracy_and_loss_are_those_of_the_next_token_over_labelled_positions(k
     assert found.accuracy["forget"] == pytest.approx(100 * sum(right) / len(right))
     losses = torch.stack([loss_alone(model, batch, i) for i in range(5)]).detach()
     assert found.loss["forget"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert found.kl is not None and found.kl["forget"] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-5)
+    assert found.kl is not None and found.kl["forget"] == pytest.approx(
+        float(torch.stack(kl).mean().detach()), rel=1e-5
+    )
     assert found.membership_auc is not None and found.per_class == {}
     correct, each = predict(model, [batch], "batches")
     torch.testing.assert_close(each, losses, rtol=1e-5, atol=1e-6)
