@@ -171,7 +171,8 @@ def fisher_diagonal(
             default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
             the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
-            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
+            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax; of a
+            causal language model one label per labelled token, each given the text before it.
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
