@@ -357,8 +357,9 @@ class DeepClean:
         for i, (name, weight) in enumerate(zip(importances.parameters, importances.weights, strict=True)):
             copied = weight.clone()  # one tensor's at a time, and of information that is kept on the host
             forget, retain = importances.forget[i].to(weight.device), importances.retain[i].to(weight.device)
+            init = None if fresh is None else [fresh[name]]
             mask, count = ops.threshold_reset_(
-                [copied], [forget], [retain], gammas[i], self.reset, floors[i : i + 1], None if fresh is None else [fresh[name]],
+                [copied], [forget], [retain], gammas[i], self.reset, floors[i : i + 1], init,
                 means=None if means is None else means[i : i + 1].nan_to_num(),
             )  # fmt: skip
             masks += mask
