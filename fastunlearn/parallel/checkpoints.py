@@ -299,13 +299,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 def _box(tensor: Tensor) -> Box | None:
     """Which part of a tensor this rank holds; None for nothing."""
     if not isinstance(tensor, DTensor):
-        box = Box.whole(tensor.shape)
-    elif tensor.device_mesh.get_coordinate() is None:
+        return Box.whole(tensor.shape) if tensor.numel() else None
+    if tensor.device_mesh.get_coordinate() is None or not local(tensor).numel():
         return None
-    else:
-        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-    return box if box.numel else None
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def _pieces(state: State, ranks: Ranks, spread: bool) -> dict[str, list[tuple[int, Box]]]:
