@@ -6,7 +6,7 @@ position is never scored. Models return logits [N, T, V] or an object that has t
 
 A model in DistributedDataParallel, or sharded by ``fully_shard``, is measured by all its ranks together: each passes
 its own share of the batches, as :func:`fastunlearn.parallel.deal.deal` makes them, and each is returned the figures of
-all samples, in the order before they were dealt.
+all samples, in the order before they were dealt. With tensor parallelism alone each rank passes the same batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastunlearn.evaluate.estimate import Estimate
 from fastunlearn.evaluate.roc import BLOCK
 from fastunlearn.hooks import device_of, eager, preserved
 from fastunlearn.parallel.deal import deal, together
-from fastunlearn.parallel.ranks import Ranks, everyone, unwrapped
+from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
 
 Part = TypeVar("Part")
 _MOST_LOGITS = 1 << 23  # in float32 at a time: 32 MiB, and as much again for what is made of them
@@ -77,7 +77,7 @@ def token_log_probs(model: nn.Module, batches: Batches, name: str = "batches") -
     token. Logits in halves are scored in float32. Cost: one forward pass; beside what the model returns, float32
     copies of some positions at a time, never of all.
     """
-    ranks, network = everyone(model), unwrapped(model)
+    ranks, network = sharing(model), unwrapped(model)
     # Keys and values of every position would be kept for a continuation that is not asked for.
     uncached = {"use_cache": False} if "use_cache" in _parameters(network) else {}
     parts = []
@@ -87,6 +87,7 @@ def token_log_probs(model: nn.Module, batches: Batches, name: str = "batches") -
             outputs = network(*batch.args, **{**uncached, **batch.kwargs})
             if counts:
                 parts.append(_scored(getattr(outputs, "logits", outputs), batch.targets, name))
+    reshard(network)
     found = _dealt_back(ranks, parts)
     columns = (torch.cat([getattr(part, f.name) for part in found]) for f in fields(TokenLogProbs))
     return TokenLogProbs(*columns)
@@ -355,7 +356,7 @@ def extraction(
         raise ValueError(
             f"prompt_tokens must be 1 or more, got {prompt_tokens}: a model continues nothing from nothing"
         )
-    ranks = everyone(model)
+    ranks = sharing(model)
     parts: list[tuple[Tensor, Tensor]] = []  # continuation and what was generated
     batchwise = []
     for batch, counts in together(batches, name, device_of(model), ranks):
@@ -433,7 +434,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
         if length and not len(prompt):
             raise ValueError(f"prompt {number} has no token to continue from")
     network = unwrapped(model)
-    steps = max(everyone(network).gather(max(lengths, default=0)))
+    steps = max(sharing(network).gather(max(lengths, default=0)))
     if not steps:
         return [torch.zeros(0, dtype=torch.int64) for _ in prompts]
     device = device_of(network)
@@ -445,6 +446,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
         made = _with_cache(network, given, lengths, steps) if cached else None
         if made is None:
             made = _without_cache(network, given, lengths, steps)
+    reshard(network)
     ends = _ends(network)
     return [_until_end(row[:length], ends) for row, length in zip(made.cpu(), lengths, strict=True)]
 
@@ -595,7 +597,7 @@ def multiple_choice(
     if not questions:
         raise ValueError(f"{name} are empty: there is nothing to ask")
     rows = [(question.prompt, choice) for question in questions for choice in question.choices]
-    batches = deal([_asked(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)], everyone(model))
+    batches = deal([_asked(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)], sharing(model))
     tokens = token_log_probs(model, batches, name)
     found = tokens.sums(tokens.log_probs)
     each = found / tokens.lengths if score == "mean" else found

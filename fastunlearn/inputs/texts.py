@@ -251,7 +251,7 @@ def _marked(tokenizer: Any, template: str, messages: Any, where: str) -> tuple[l
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with places.blaming(f"{where}: the chat template"):
-        rendered: Any = render_jinja_template(  # annotated as a string
+        rendered: Any = render_jinja_template(  # annotated as a text alone
             conversations=[messages], chat_template=template, return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )  # fmt: skip
@@ -283,7 +283,7 @@ def _turns(tokenizer: Any, messages: Sequence[Any], where: str) -> tuple[list[in
         if through[: len(before)] != before or tokens[: len(through)] != through:
             raise ValueError(
                 f"{where}: the chat template of {_name(tokenizer)} writes the conversation up to message {number} "
-                "otherwise once it goes on, so its tokens can not be told; mark them with {% generation %} in the template"
+                "otherwise once it goes on, so its tokens can not be told; mark them with {% generation %}"
             )
         said[len(before) : len(through)] = [True] * (len(through) - len(before))
     return tokens, said
