@@ -29,6 +29,7 @@ _ops: Any = torch.ops.fastunlearn
 
 __all__ = [
     "add_column_noise_",
+    "add_rounded_",
     "cholesky_inverse_",
     "codec_choose_",
     "codec_scores",
@@ -732,6 +733,38 @@ def add_column_noise_(values: Tensor, scales: Tensor, seed: int) -> Tensor:
     return values
 
 
+def add_rounded_(
+    sums: Sequence[Tensor], addends: Sequence[Tensor], seed: int, step: int, offsets: Sequence[int]
+) -> Sequence[Tensor]:
+    """sums_i += addends_i in bfloat16 with stochastic rounding, for a whole list in one launch; returns ``sums``.
+
+    The float32 sum is rounded to the bfloat16 below or above it, above with a probability of its distance from the one
+    below, so that the result is the float32 sum on average, where rounding to nearest would lose every addend below
+    2**-9 of its sum. A float32 sum that bfloat16 can represent stays as it is; beyond the largest finite bfloat16 it is
+    rounded to nearest; infinities stay infinite, and NaN becomes the one quiet NaN.
+
+    The 16 random bits of element j of tensor i are a function of (seed, step, offsets[i] + j) alone, j counting in
+    row-major order: parts of a parameter that begin at their flat position get the bits of the whole, and results
+    depend neither on the device nor on the number of threads. Tensors whose ranges of positions overlap share their
+    bits, so independent ones need ranges of their own, and every addition to a tensor a step of its own.
+
+    Args:
+        sums: bfloat16, written in place, on one device. Those that are not contiguous are staged through a copy.
+        addends: float32, shaped like the sums.
+        seed, step: any int64.
+        offsets: position of the first element of each tensor, from 0 to 2**62 - 1.
+
+    Cost: 6 bytes read and 2 written per element, and a Philox counter for every eight; eight are one vector on CUDA
+    where an element at a position that is a multiple of 8 lies on 16 bytes. Source: Philox4x32-10, Salmon et al. 2011.
+    """
+    if not sums and not addends and not offsets:
+        return sums  # nothing that could tell the dispatcher a device
+    staged = [s if s.is_contiguous() else s.contiguous() for s in sums]
+    _ops.add_rounded_(staged, list(addends), seed, step, list(offsets))
+    _write_back(sums, staged)
+    return sums
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     """The fake kernel of every operator here: they write into their arguments and return nothing."""
 
@@ -741,5 +774,6 @@ for _name in (
     "threshold_reset_", "ratio_histogram_", "mask_grads_", "masked_sgd_", "masked_adamw_",
     "grouped_mm_", "sketch_", "cholesky_inverse_", "orthogonal_rows_",
     "gram_accumulate_conv2d_", "codec_scores_", "codec_choose_", "add_column_noise_",
+    "add_rounded_",
 ):  # fmt: skip
     torch.library.register_fake(f"fastunlearn::{_name}", _nothing)
