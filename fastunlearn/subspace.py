@@ -29,8 +29,8 @@ from fastunlearn.language import is_causal_lm
 from fastunlearn.lowrank import StreamingSketch, batched_rsvd, grouped_rows, power_of_two
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
-from fastunlearn.parallel.ranks import Ranks, unwrapped
-from fastunlearn.parallel.weights import reshard_, sample_ranks, whole
+from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.weights import whole
 from fastunlearn.slots import Gather, Slot, choose_layers, layer_rows, padded_input, slot_rows
 
 Solver = Literal["auto", "cholesky", "eigh", "rsvd", "sketch"]
@@ -515,8 +515,8 @@ def collect_grams(
     """
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"max_patches must be 1 or more, or None for no limit, got {max_patches}")
-    reshard_(model)
-    ranks, model = sample_ranks(model), unwrapped(model)
+    ranks, model = sharing(model), unwrapped(model)
+    reshard(model)
     chosen = choose_layers(model, layers)
     device = device_of(model)
     moments = {key: _empty(slot, (sketched or {}).get(key), seed) for key, slot in chosen.items()}
@@ -571,7 +571,7 @@ def collect_grams(
                         sample.flush(moments[key])
                     except ValueError as error:
                         refuse(key, error)
-        reshard_(model)
+        reshard(model)
         if ranks.size > 1:
             _pool(moments, ranks, failed, device)
     return moments

@@ -18,8 +18,8 @@ from fastunlearn.evaluate import evaluate
 from fastunlearn.hooks import device_of, require_finite, require_separable, restored
 from fastunlearn.methods.subspace_report import AlphaPoint, AlphaSearch, LayerPlan, LayerSpectrum, Plan, Spectrum
 from fastunlearn.outcome import Outcome
-from fastunlearn.parallel.ranks import Ranks, everyone, unwrapped
-from fastunlearn.parallel.weights import HeldWeight, reshard_, sample_ranks
+from fastunlearn.parallel.ranks import Ranks, everyone, reshard, sharing, unwrapped
+from fastunlearn.parallel.weights import HeldWeight
 from fastunlearn.slots import Slot, choose_layers, left_out, supported_layers
 from fastunlearn.subspace import (
     BLOCK,
@@ -176,9 +176,9 @@ class ClassForgetting:
         """
         require_batches(forget, "forget")
         require_batches(retain, "retain")
-        reshard_(model)
+        reshard(model)
         uses, untouched = _updatable(unwrapped(model), self.layers)
-        limit, ranks = self._limit(model), sample_ranks(model)
+        limit, ranks = self._limit(model), sharing(model)
         plans = self._plans(uses, limit)
         share = 0
         if self.max_patches is not None:
@@ -264,13 +264,13 @@ class ClassForgetting:
             for alpha_retain in alphas_retain:
                 unprotected = [layer.unprotected(alpha_retain) for layer in layers]
                 for alpha_forget in alphas_forget:
-                    reshard_(inner)  # as the measurement may have left it
+                    reshard(inner)  # as the measurement may have left it
                     squared = sum(
                         layer.write(part, alpha_forget) for layer, part in zip(layers, unprotected, strict=True)
                     )
                     change = math.sqrt(squared) / norm if norm else 0.0
                     points.append(AlphaPoint(alpha_retain, alpha_forget, accuracies(), change))
-            reshard_(inner)
+            reshard(inner)
         return AlphaSearch(original, points, seconds)
 
     def spectrum(self, model: nn.Module, forget: Batches, retain: Batches) -> Spectrum:
@@ -470,9 +470,9 @@ def _require_ready(model: nn.Module, forget: Batches, retain: Batches) -> nn.Mod
     """The module whose layers are updated, its parameters as this rank holds them between forward passes."""
     require_batches(forget, "forget")
     require_batches(retain, "retain")
-    reshard_(model)
+    reshard(model)
     inner = unwrapped(model)
-    require_finite(inner)
+    require_finite(model)
     require_separable(inner)
     return inner
 

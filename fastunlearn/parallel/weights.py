@@ -6,41 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
-from fastunlearn.parallel.ranks import ALONE, Ranks, everyone
 from fastunlearn.slots import Slot
-
-
-def reshard_(model: nn.Module) -> None:
-    """Have every parameter of an FSDP2 model be its shard again.
-
-    After a forward pass without a backward pass the root's parameters stay whole (``reshard_after_forward``): a shard
-    written to meanwhile would be overlooked by the next forward pass. Costs nothing for any other model.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def sample_ranks(model: nn.Module) -> Ranks:
-    """The ranks that see different samples: of DistributedDataParallel its group, of FSDP2 the ranks of its mesh.
-
-    The ranks of tensor parallelism see the same samples together: with it alone there is one set of samples. The
-    model's parameters are to be shards (:func:`reshard_`). Cost: one walk over the modules.
-    """
-    if isinstance(model, DistributedDataParallel):
-        return everyone(model)
-    mesh = next((mesh for mesh in map(_fsdp_mesh, model.modules()) if mesh is not None), None)
-    if mesh is None:
-        return ALONE
-    if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
-        return everyone(model)
-    return Ranks.of((mesh if mesh.ndim == 1 else mesh._flatten()).get_group())
 
 
 def whole(value: Tensor) -> Tensor:
@@ -139,9 +108,3 @@ def _packed_rows(slot: Slot) -> slice:
     number = copied.redistribute(placements=parameter.placements).to_local()
     first = "qkv".index(slot.part) * third
     return slice(int((number < first).sum()), int((number < first + third).sum()))
-
-
-def _fsdp_mesh(module: nn.Module) -> DeviceMesh | None:
-    """The mesh that ``fully_shard`` was given; torch shows it nowhere else than in the state it keeps."""
-    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-    return None if group is None else group.mesh_info.mesh
