@@ -38,6 +38,7 @@ from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
 from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.tensors import is_parallel, looked_up_here, on_this_rank
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -598,9 +599,17 @@ class _Squares:
             per_sample = partial(spread, samples=self.samples, form=unit.spread)
             args, kwargs = map_tensors((call.args, call.kwargs), unit.input_axes, lambda t, _: per_sample(t))
             call = replace(call, args=args, kwargs=kwargs)
-        uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
+        grads = tuple(record.grads)
+        parallel = is_parallel(call, grads)
+        uses = {} if parallel else rule(unit.module, Seen(call, *axes, grads))
         for local, name in self.names[unit.module]:
-            self.uses[name].append((self.order[id(record)], uses[local]))
+            if parallel:
+                here, theirs = on_this_rank(unit.module, local, call, grads)
+                seen = Seen(here, *axes, theirs)
+                use = looked_up_here(rule(unit.module, seen)[local], self.plan.parameters[name])
+            else:
+                use = uses[local]
+            self.uses[name].append((self.order[id(record)], use))
             self.calls[name] -= 1
             if not self.calls[name]:
                 self._square(name)

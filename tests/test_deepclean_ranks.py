@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import fastunlearn as fu
 from fastunlearn.parallel.deal import deal
-from fastunlearn.parallel.ranks import local, unwrapped
+from fastunlearn.parallel.ranks import unwrapped
 
 FORGET, RETAIN = [3, 2], [4, 3, 4, 2, 1]
 SETTINGS: dict[str, dict[str, Any]] = {
