@@ -27,8 +27,8 @@ from fastunlearn.evaluate.attacks import FPRS, Attack, attack, share
 from fastunlearn.evaluate.estimate import Estimate
 from fastunlearn.evaluate.roc import BLOCK
 from fastunlearn.hooks import device_of, eager, preserved
-from fastunlearn.parallel.deal import deal, together
-from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.deal import deal, dealt_back, together
+from fastunlearn.parallel.ranks import reshard, sharing, unwrapped
 
 Part = TypeVar("Part")
 _MOST_LOGITS = 1 << 23  # in float32 at a time: 32 MiB, and as much again for what is made of them
@@ -88,7 +88,7 @@ def token_log_probs(model: nn.Module, batches: Batches, name: str = "batches") -
             if counts:
                 parts.append(_scored(getattr(outputs, "logits", outputs), batch.targets, name))
     reshard(network)
-    found = _dealt_back(ranks, parts)
+    found = dealt_back(ranks, parts)
     columns = (torch.cat([getattr(part, f.name) for part in found]) for f in fields(TokenLogProbs))
     return TokenLogProbs(*columns)
 
@@ -140,12 +140,6 @@ def _labels(labels: Any, name: str) -> Tensor:
     if labels.dim() != 2:
         raise ValueError(f"labels of {name} must be token ids [N, T], got shape {list(labels.shape)}")
     return labels.long()
-
-
-def _dealt_back(ranks: Ranks, parts: list[Part]) -> list[Part]:
-    """What all ranks made of their batches, in the order of the batches before they were dealt."""
-    shares = ranks.gather(parts)
-    return [mine[step] for step in range(max(map(len, shares))) for mine in shares if step < len(mine)]
 
 
 @dataclass(frozen=True)
@@ -364,7 +358,7 @@ def extraction(
         generated = greedy(model, [prompt for prompt, _ in pairs], [len(rest) for _, rest in pairs])
         if counts:
             batchwise.append([(rest.cpu(), own) for (_, rest), own in zip(pairs, generated, strict=True)])
-    for part in _dealt_back(ranks, batchwise):
+    for part in dealt_back(ranks, batchwise):
         parts += part
     tokens = torch.tensor([len(rest) for rest, _ in parts])
     matches = torch.tensor([int((rest == own).sum()) for rest, own in parts])

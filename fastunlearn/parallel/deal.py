@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastunlearn.data import Batch, Batches, count_batches, read, require_batches
 from fastunlearn.parallel.ranks import Ranks, world
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ def together(batches: Batches, name: str, device: torch.device, ranks: Ranks) ->
         last = mine or last
         assert last is not None
         yield last, mine is not None
+
+
+def dealt_back(ranks: Ranks, parts: list[Part]) -> list[Part]:
+    """What all ranks made of their batches, in the order of the batches before they were dealt."""
+    shares = ranks.gather(parts)
+    return [mine[step] for step in range(max(map(len, shares))) for mine in shares if step < len(mine)]
 
 
 _DONE = "no more"

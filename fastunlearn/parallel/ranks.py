@@ -7,7 +7,6 @@ same time, with its own share of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +133,3 @@ def world() -> Ranks:
         return ALONE
     assert dist.group.WORLD is not None
     return Ranks.of(dist.group.WORLD)
-
-
-def sum_over(ranks: Ranks, numbers: Iterable[float], device: torch.device) -> list[float]:
-    """Numbers added up over the ranks, in float64."""
-    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    ranks.sum_(total)
-    found: list[float] = total.tolist()
-    return found
