@@ -14,7 +14,7 @@ from fastunlearn.data import Batches, LossFunction, read
 from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
 from fastunlearn.methods.training import descend
 from fastunlearn.outcome import Outcome
-from fastunlearn.parallel.ranks import unwrapped
+from fastunlearn.parallel.ranks import counted, holders, local, unwrapped
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Retrain:
                 schedule,
                 progress=self.progress,
             )
-        _count_changes(outcome, before)
+        _count_changes(outcome, before, model)
         return outcome
 
 
@@ -184,12 +184,17 @@ def _step_over(
     with preserved(model), restored_on_error(model) as before, outcome.measured(device), outcome.phase("train"):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
         descend(model, batches, name, optimizer, epochs, loss_fn, sign=sign, progress=progress)
-    _count_changes(outcome, before)
+    _count_changes(outcome, before, model)
 
 
-def _count_changes(outcome: Outcome, before: Copies) -> None:
-    for name, parameter, copy in before:
-        outcome.count(name, copy, parameter)
+def _count_changes(outcome: Outcome, before: Copies, model: nn.Module) -> None:
+    """Of all ranks that hold a part of the weights."""
+    ranks = holders(model)
+    names = [name for name, _, _ in before]
+    here = [counted(p, ranks) * (local(p.detach()) != local(old)).sum() for _, p, old in before]
+    total = torch.stack(here)
+    ranks.sum_(total)
+    outcome.changed |= {name: count for name, count in zip(names, total.tolist(), strict=True) if count}
 
 
 def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction, count_batches
+from fastunlearn.data import Batches, LossFunction, count_batches, read
 from fastunlearn.evaluate import Metrics, evaluate, predict
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
