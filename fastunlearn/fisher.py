@@ -38,6 +38,7 @@ from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
 from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.tensors import is_parallel, looked_up_here, on_this_rank
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -155,6 +156,7 @@ def fisher_diagonal(
     name: str = "batches",
     sample: Sample = "sequence",
     dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
@@ -167,9 +169,11 @@ def fisher_diagonal(
         model: any module; in eval mode where it has BatchNorm or dropout inside an unknown layer.
         batches: re-iterable of ``(inputs, targets)`` or of dicts with ``labels``; samples along the first axis.
         loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample, or ``Tensor[N, T]`` for tokens;
-            default cross-entropy of logits [N, C] or [N, C, T].
+            default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
+            the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
-            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
+            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax; of a
+            causal language model one label per labelled token, each given the text before it.
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
@@ -178,10 +182,12 @@ def fisher_diagonal(
             its gradient is that of its own loss; positions with the label -100 are neither computed nor counted.
         dtype: ``torch.bfloat16`` keeps the sums in half of the memory, each batch's squares rounded at random so that
             the sum is right on average (:func:`fastunlearn.ops.add_rounded_`, drawn from ``seed``).
+        offload: keep the sums in host memory; each layer's squares are copied there while the backward pass goes on.
 
     Returns:
-        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device;
-        of parameters sharded by FSDP2, DTensors sharded alike.
+        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device,
+        or in host memory if ``offload``; of parameters sharded by FSDP2, DTensors sharded alike (local tensors if
+        ``offload``).
 
     On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
     own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
@@ -225,7 +231,7 @@ def fisher_diagonal(
         chosen = {id(p) for p in targets.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        sums = Sums(targets, ranks, dtype, seed)
+        sums = Sums(targets, ranks, dtype, seed, offload)
         work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
         for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
             work.add(batch, counts)
@@ -593,9 +599,17 @@ class _Squares:
             per_sample = partial(spread, samples=self.samples, form=unit.spread)
             args, kwargs = map_tensors((call.args, call.kwargs), unit.input_axes, lambda t, _: per_sample(t))
             call = replace(call, args=args, kwargs=kwargs)
-        uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
+        grads = tuple(record.grads)
+        parallel = is_parallel(call, grads)
+        uses = {} if parallel else rule(unit.module, Seen(call, *axes, grads))
         for local, name in self.names[unit.module]:
-            self.uses[name].append((self.order[id(record)], uses[local]))
+            if parallel:
+                here, theirs = on_this_rank(unit.module, local, call, grads)
+                seen = Seen(here, *axes, theirs)
+                use = looked_up_here(rule(unit.module, seen)[local], self.plan.parameters[name])
+            else:
+                use = uses[local]
+            self.uses[name].append((self.order[id(record)], use))
             self.calls[name] -= 1
             if not self.calls[name]:
                 self._square(name)

@@ -309,6 +309,7 @@ def threshold_reset_(
     eps: PerTensor = 0.0,
     init: Sequence[Tensor] | None = None,
     lambda_: float = 1.0,
+    means: Sequence[float] | Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Reset the weights whose ratio forget / (retain + eps) passes gamma, for a whole list of tensors in one launch.
 
@@ -326,6 +327,7 @@ def threshold_reset_(
         eps: added to ``retain``, not negative, in the units of an importance; as ``gamma``, one or one per tensor.
         init: shaped and typed like the weights, for ``mode="init"``.
         lambda_: positive, for ``mode="dampen"``.
+        means: one per tensor, in place of their own for ``mode="mean"``, where tensors are shards of larger ones.
 
     Returns:
         masks: per tensor the reset weights as bits, int32 [ceil(numel / 32)] (see :func:`unpack_mask`).
@@ -349,7 +351,11 @@ def threshold_reset_(
     rules = torch.zeros(len(weights), 3, dtype=torch.float64, device=device)
     _assign(rules[:, 0], "gamma", gamma, positive=True)
     _assign(rules[:, 1], "eps", eps)
-    if mode == "mean" and weights:
+    if (means is not None) > (mode == "mean"):
+        raise ValueError('means= is for mode="mean"')
+    if means is not None:
+        rules[:, 2] = torch.as_tensor(means, dtype=torch.float64)
+    elif mode == "mean" and weights:
         rules[:, 2] = torch.stack([w.detach().mean(dtype=_accumulator(w)).double() for w in weights]).nan_to_num()
     number = {"init": 1, "dampen": 2}.get(mode, 0)
     _ops.threshold_reset_(
@@ -387,6 +393,7 @@ def select_gamma(
     fraction: float,
     eps: PerTensor = 0.0,
     per_tensor: bool = False,
+    reduce: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The gamma above which the given share of the live weights lies: exact, with no sort and no copy.
 
@@ -398,6 +405,8 @@ def select_gamma(
         forget, retain, eps: as :func:`threshold_reset_`.
         fraction: between 0 and 1.
         per_tensor: one gamma for each tensor instead of one for all.
+        reduce: called with each table of counts, int64 on the device of the importances, to replace it by its sum over
+            ranks that hold other shards of the same tensors; the selection is then exact over all of them.
 
     Returns: float32, 0-dimensional or [tensors], on the device of the importances; NaN where no weight is live, which
     resets nothing. The host waits for nothing, given a number or a tensor on the device as ``eps``.
@@ -414,6 +423,8 @@ def select_gamma(
     prefix = torch.zeros(rows, dtype=torch.int32, device=device)
     for level in range(_LEVELS):
         counts = _count(forget, retain, table, prefix, level)
+        if reduce is not None:
+            reduce(counts)
         if level == 0:
             live = counts.sum(1)
             rank = torch.minimum((live.double() * fraction).round().long(), live - 1)  # of larger ratios

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastunlearn.data import Batch, Batches, count_batches, read, require_batches
 from fastunlearn.parallel.ranks import Ranks, world
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,50 @@ def together(batches: Batches, name: str, device: torch.device, ranks: Ranks) ->
         yield from ((batch, True) for batch in read(batches, name, device))
         return
     require_batches(batches, name)
-    own = (batch for raw in batches if _has_samples(raw) for batch in read([raw], name, device))
+    own = (_read_one(raw, name, device) for raw in batches)
     last: Batch | None = None
-    for step in count():
-        batch = next(own, None)
-        present = ranks.gather(batch is not None)
-        if not any(present):
-            if step == 0:
+    seen = False
+    while True:
+        batch = next(own, _DONE)
+        states = ranks.numbers(_state(batch, last), device)
+        if all(state & _NO_MORE for state in states):
+            if not seen:
                 raise ValueError(f"{name} is empty: it yields no batch on any rank")
             return
-        if step == 0 and not all(present):
-            sent = _broadcast(batch, present.index(True), device, ranks)
+        present = [bool(state & _HAS_BATCH) for state in states]
+        if not any(present):
+            continue  # a batch of which no rank has a sample
+        seen = True
+        mine = batch if isinstance(batch, Batch) else None
+        if not all(state & (_HAS_BATCH | _HAS_LAST) for state in states):
+            sent = _broadcast(mine, present.index(True), device, ranks)
             last = last or sent
-        last = batch or last
+        last = mine or last
         assert last is not None
-        yield last, batch is not None
+        yield last, mine is not None
+
+
+def dealt_back(ranks: Ranks, parts: list[Part]) -> list[Part]:
+    """What all ranks made of their batches, in the order of the batches before they were dealt."""
+    shares = ranks.gather(parts)
+    return [mine[step] for step in range(max(map(len, shares))) for mine in shares if step < len(mine)]
+
+
+_DONE = "no more"
+_NO_MORE, _HAS_BATCH, _HAS_LAST = 1, 2, 4
+
+
+def _state(batch: Batch | str | None, last: Batch | None) -> int:
+    state = _NO_MORE if batch is _DONE else 0
+    return state | _HAS_BATCH * isinstance(batch, Batch) | _HAS_LAST * (last is not None)
+
+
+def _read_one(raw: Any, name: str, device: torch.device) -> Batch | None:
+    """None for this rank's part of a batch of fewer samples than there are ranks."""
+    return next(read([raw], name, device)) if _has_samples(raw) else None
 
 
 def _has_samples(raw: Any) -> bool:
-    """A rank's part of a batch smaller than the ranks are many may be empty."""
     return all(len(leaf) for leaf in tree_leaves(dict(raw) if isinstance(raw, dict) else raw)
                if isinstance(leaf, torch.Tensor) and leaf.dim())  # fmt: skip
 

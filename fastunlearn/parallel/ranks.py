@@ -7,7 +7,6 @@ same time, with its own share of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +49,15 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+    def numbers(self, value: int, device: torch.device) -> list[int]:
+        """As :meth:`gather`, of a whole number, which takes one collective on ``device``."""
+        if self.group is None:
+            return [value]
+        found = torch.empty(self.size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(found, torch.tensor([value], device=device), group=self.group)
+        numbers: list[int] = found.tolist()
+        return numbers
 
     def any(self, here: bool) -> bool:
         """Whether it holds on any rank."""
@@ -103,6 +111,17 @@ def sharing(model: nn.Module) -> Ranks:
     return everyone(model)
 
 
+def holders(model: nn.Module) -> Ranks:
+    """The ranks that hold different weights; of replicas each holds all of them, and is alone in that."""
+    return ALONE if isinstance(model, DistributedDataParallel) else everyone(model)
+
+
+def counted(parameter: Tensor, holders: Ranks) -> bool:
+    """Whether this rank's part of the parameter counts in a sum over the holders: a shard does, of copies the first."""
+    sharded = isinstance(parameter, DTensor) and any(isinstance(p, Shard) for p in parameter.placements)
+    return sharded or holders.rank == 0
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of a plain one, the local tensor of a DTensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -114,11 +133,3 @@ def world() -> Ranks:
         return ALONE
     assert dist.group.WORLD is not None
     return Ranks.of(dist.group.WORLD)
-
-
-def sum_over(ranks: Ranks, numbers: Iterable[float], device: torch.device) -> list[float]:
-    """Numbers added up over the ranks, in float64."""
-    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    ranks.sum_(total)
-    found: list[float] = total.tolist()
-    return found
