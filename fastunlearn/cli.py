@@ -27,7 +27,7 @@ from fastunlearn.jobs.config import ConfigError, add_flags, resolve
 from fastunlearn.parallel import launch
 
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
-           "batch_size", "device", "seed")  # fmt: skip
+           "batch_size", "device", "parallel", "dtype", "seed")  # fmt: skip
 MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
 ONE_METHOD = ("method", "settings", "method_samples", "training")
 WRITING = ("pictures", "out")
@@ -183,8 +183,13 @@ def _show(findings: dict[str, Any]) -> None:
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.deletion import unlearn
+    from fastunlearn.jobs.task import device_named
 
-    out, findings = unlearn(resolve(arguments), arguments.resume, _say)
+    config = resolve(arguments)
+    with launch.joined(device_named(config.device)) as ranks:
+        out, findings = unlearn(config, arguments.resume, _say, ranks)
+    if not launch.speaks():
+        return 0
     _show(findings)
     print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
     return 0

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastunlearn.parallel.ranks import Ranks, world
 
@@ -85,19 +87,18 @@ def first_alone(ranks: Ranks, run: Callable[[], T]) -> T:
     """
     if ranks.group is None:
         return run()
-    answer: list[Any] = [None, None]
+    told: list[Any] = [None, None]
     if ranks.rank == 0:
         try:
-            answer[1] = run()
+            told[0] = run()
         except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-            answer[0] = error
-    told = [answer if answer[0] is None else [_portable(answer[0]), None]]
+            told[1] = _portable(error)
+            dist.broadcast_object_list(told, group_src=0, group=ranks.group)
+            raise
     dist.broadcast_object_list(told, group_src=0, group=ranks.group)
-    if ranks.rank == 0 and answer[0] is not None:
-        raise answer[0]  # with its traceback
-    if told[0][0] is not None:
-        raise told[0][0]
-    found: T = told[0][1]
+    if told[1] is not None:
+        raise told[1]
+    found: T = told[0]
     return found
 
 
@@ -108,8 +109,8 @@ def require_same(ranks: Ranks, values: Mapping[str, Any]) -> None:
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"rank {rank} has another {name} than rank 0; every process must be started with the same "
-                    "configuration and see the same files"
+                    f"rank {rank} differs from rank 0 in {name}; start every process with the same configuration, "
+                    "and let all of them see the same files"
                 )
 
 
@@ -125,7 +126,7 @@ class Watch:
         store: shared by all ranks; the thread takes a connection of its own.
     """
 
-    def __init__(self, command: str, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, command: str, store: Any, rank: int, size: int) -> None:
         self.command, self.rank, self.size = command, rank, size
         self._store, self._beats = store, store.clone()
         self._ending = threading.Lock()
@@ -244,9 +245,9 @@ def watched(command: str) -> Iterator[Watch | None]:
     if not launched() or dist.is_initialized():
         yield None
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    watch = Watch(command, dist.PrefixStore(f"fastunlearn/{attempt}", store), rank, size)
+    watch = Watch(command, PrefixStore(f"fastunlearn/{attempt}", store), rank, size)
     try:
         yield watch
     finally:
@@ -261,7 +262,6 @@ def say(line: str) -> None:
 
 def _portable(error: BaseException) -> BaseException:
     """The same in one argument: what an error was made with can not always be pickled, or made again from."""
-    for kind in (type(error), *type(error).__mro__):
-        if kind.__module__ == "builtins":
-            break
-    return kind(str(error))
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    same: BaseException = kind(str(error))
+    return same
