@@ -34,9 +34,10 @@ from fastunlearn.data import (
 from fastunlearn.draws import derived_seed
 from fastunlearn.graph import Aliases, Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
+from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
-from fastunlearn.parallel.ranks import ALONE, Ranks, sharing, unwrapped
+from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -166,7 +167,8 @@ def fisher_diagonal(
         model: any module; in eval mode where it has BatchNorm or dropout inside an unknown layer.
         batches: re-iterable of ``(inputs, targets)`` or of dicts with ``labels``; samples along the first axis.
         loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample, or ``Tensor[N, T]`` for tokens;
-            default cross-entropy of logits [N, C] or [N, C, T].
+            default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
+            the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
             softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
         params: names to compute; default all that require grad.
@@ -228,6 +230,7 @@ def fisher_diagonal(
         work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
         for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
             work.add(batch, counts)
+            reshard(model)
     samples = sum(ranks.gather(work.samples))
     if not samples:
         raise ValueError(f"{name} has no position with a label other than {IGNORED}")
@@ -307,6 +310,7 @@ class _Work:
         autocast: Callable[[], AbstractContextManager[Any]],
         ranks: Ranks,
     ) -> None:
+        loss_fn = loss_for(model, loss_fn, sample == "token")
         self.model, self.loss_fn, self.kind, self.sample, self.seed = model, loss_fn, kind, sample, seed
         self.targets, self.sums, self.autocast, self.ranks = sums.parameters, sums, autocast, ranks
         self.device = device_of(model)
@@ -345,8 +349,8 @@ class _Work:
         """Every pass is a collective, so all ranks plan alike, and no layer is ever run by itself."""
         one = None
         if self.plan is None:
+            owners = ruled_owners(dict(self.model.named_modules()))  # before a pass leaves weights gathered
             one = probe(self.model, self.losses_of, batch, self.device, self.aliases)
-            owners = ruled_owners(dict(self.model.named_modules()))
             self.plan = sharded_plan(
                 self.model, self.losses_of, batch, one, owners, self.targets, self.autocast, self.aliases
             )
@@ -463,6 +467,11 @@ class _Work:
     def _passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         """The backward passes of a batch: what to differentiate, how many samples it completes, whether it is the
         last. In each, every sample of the batch has one gradient."""
+        if is_next_token_loss(self.loss_fn):
+            return fisher_passes(outputs, batch.targets, self.kind, self.sample, self.generator, self.autocast)
+        return self._classifier_passes(outputs, batch)
+
+    def _classifier_passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         labels: list[tuple[Any, Tensor | None]]
         if self.kind == "empirical":
             labels = [(batch.targets, None)]
