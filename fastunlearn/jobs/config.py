@@ -44,6 +44,7 @@ class Config:
     measured: int = 10_000
     shadows: int = 0
     probes: bool = True
+    questions: str | None = None
     relearn: int = 50
     bootstrap: int = 1000
     pictures: bool = True
@@ -99,6 +100,7 @@ HELP = {
     "measured": "retained samples at most that are measured, drawn once",
     "shadows": "shadow models behind the per-example attacks LiRA and U-LiRA; 0 for none",
     "probes": "ask every layer, by a linear probe, whether it still knows a forgotten class",
+    "questions": "of a language model: JSON lines of question, choices and answer, asked before and after",
     "relearn": "steps at most of learning again what was forgotten; 0 leaves it out",
     "bootstrap": "resamples behind the interval of an attack",
     "pictures": "charts as PNG and SVG beside the report; needs matplotlib",

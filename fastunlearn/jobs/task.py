@@ -21,8 +21,10 @@ from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
 from fastunlearn.inputs.places import blaming
+from fastunlearn.inputs.texts import next_tokens
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, TAKES_VALIDATION, entry
+from fastunlearn.language import is_causal_lm
 
 FORGOTTEN_TEST = "test of forgotten"  # test samples of the classes that are forgotten
 
@@ -106,6 +108,11 @@ class Task:
     def digest(self) -> str:
         """SHA-256 of the original weights."""
         return digest(self.model.state_dict())
+
+    @property
+    def language(self) -> bool:
+        """Whether the model is a causal language model."""
+        return is_causal_lm(self.model)
 
     @property
     def sets(self) -> dict[str, Part]:
@@ -222,6 +229,10 @@ def open_task(config: Config) -> Task:
     classes = _classes([p.samples for p in (forget, retain, test, validation) if p is not None])
     # Seeded, so that an interrupted run without weights is known again when it goes on.
     model = initial_model(lambda: make_model(config, len(classes)), config.seed)
+    if is_causal_lm(model):
+        known: dict[int, Samples] = {}
+        forget, retain = _own_targets(forget, known), _own_targets(retain, known)
+        test, validation = (None if part is None else _own_targets(part, known) for part in (test, validation))
     own = Path(config.model)
     weights = Path(config.weights) if config.weights is not None else None
     if weights is not None:
@@ -335,6 +346,13 @@ def _renumbered(samples: Samples, classes: list[str]) -> Samples:
     return replace(samples, labels=numbers[samples.labels], classes=classes)
 
 
+def _own_targets(part: Part, known: dict[int, Samples]) -> Part:
+    """The part with every text as its own target; parts of one source stay parts of one."""
+    if id(part.samples) not in known:
+        known[id(part.samples)] = next_tokens(part.samples)
+    return replace(part, samples=known[id(part.samples)])
+
+
 def _whole(name: str, samples: Samples) -> Part:
     return Part(name, samples, torch.arange(len(samples)))
 
@@ -361,10 +379,11 @@ def _try(task: Task) -> None:
             batch = next(read(few.loader(2), name, task.device))
             with blaming(f"--model {task.config.model} can not run on {part.samples.source}: it"):
                 logits = batch.outputs(task.model)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        dims, axes = (3, "texts, tokens, vocabulary") if task.language else (2, "samples, classes")
+        if not isinstance(logits, Tensor) or logits.dim() != dims or not logits.is_floating_point():
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"--model {task.config.model} must return logits [samples, classes], it returns {shape}")
-        if logits.shape[1] < len(task.classes):
+            raise ValueError(f"--model {task.config.model} must return logits [{axes}], it returns {shape}")
+        if not task.language and logits.shape[1] < len(task.classes):
             raise ValueError(
                 f"--model {task.config.model} has {logits.shape[1]} outputs, but {part.samples.source} has "
                 f"{len(task.classes)} classes"

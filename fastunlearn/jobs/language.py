@@ -1,0 +1,465 @@
+"""Causal language models in a run: what is measured of one, and in one sentence whether the texts are forgotten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.data import IGNORED, Batches, cross_entropy_by_position
+from fastunlearn.evaluate import Estimate, evaluate
+from fastunlearn.evaluate.language import (
+    Question,
+    TokenLogProbs,
+    accuracy_of,
+    extraction,
+    min_k_attack,
+    multiple_choice,
+    perplexity_of,
+    token_log_probs,
+)
+from fastunlearn.evaluate.relearn import relearn_time
+from fastunlearn.inputs import tokenizer_of
+from fastunlearn.jobs.findings import NEAR_AUC, NEAR_POINTS, Row, half_width, sentences
+from fastunlearn.report.language import as_perplexity
+
+if TYPE_CHECKING:
+    from fastunlearn.jobs.task import Task
+
+NEAR_PERPLEXITY = 0.1  # of the perplexity on the forgotten texts, that counts as the same, beside what chance allows
+NO_GAIN = 0.005  # nats of a token, that are no step towards the model that never saw the texts
+CONTINUED = 500  # texts of a set at most that are continued
+LONGEST_PROMPT = 50  # tokens of a text that it is continued from where nothing else is said
+KNOWN_AGAIN = 0.05  # nats from the original's loss at which the forgotten texts count as relearnt
+RELEARN_LR = 0.01
+ATTACKS = {"min_k": "Min-K%", "min_k_plus": "Min-K%++"}
+LEFT_OUT = (
+    "Linear probes, distances of activations, leak scores of single samples, the support-vector attack and shadow "
+    "models are not made for language models and were left out."
+)
+
+
+@dataclass(frozen=True)
+class KnownTexts:
+    """What is the same for all models of a run.
+
+    Attributes:
+        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at.
+        reference: of each set, the reference's log-probabilities of the tokens; None without a reference.
+        prompt: tokens of a text that it is continued from; None where texts begin with what is not labelled (chats).
+        questions: to be asked; None where no file is named.
+    """
+
+    goal: float
+    reference: dict[str, TokenLogProbs] | None
+    prompt: int | None
+    questions: list[Question] | None
+
+    @classmethod
+    def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> KnownTexts:
+        """Cost: a pass over the forgotten texts, and one over every set through the reference."""
+        theirs = None if reference is None else _all_log_probs(task, reference)
+        return cls(_loss(task, original), theirs, _prompt(task), read_questions(task))
+
+
+def require_measurable(task: Task) -> None:
+    """Raise ValueError naming the set or the file, before a long run, where nothing of it could be measured."""
+    read_questions(task)
+    for name, part in task.sets.items():
+        if not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in part.loader(task.config.batch_size)):
+            raise ValueError(
+                f"{part.samples.source}: no text of {name} has a second token that a model could predict from the first"
+            )
+
+
+def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[str, Any]:
+    """Everything about one model; JSON, as :func:`fastunlearn.jobs.measuring.measure` returns it.
+
+    Cost: a forward pass over each set, the greedy continuation of at most 500 texts of each, one pass for each choice
+    of the questions; relearning ``config.relearn`` steps at most.
+    """
+    config = task.config
+    tokens = _all_log_probs(task, model)
+    perplexities = {n: perplexity_of(t, n, config.bootstrap, seed) for n, t in tokens.items()}
+    accuracy = {n: accuracy_of(t, n, config.bootstrap, seed) for n, t in tokens.items()}
+    found: dict[str, Any] = {
+        "perplexity": {name: p.value.as_dict() for name, p in perplexities.items()},
+        "loss": {name: p.loss for name, p in perplexities.items()},
+        "accuracy": {name: a.as_dict() for name, a in accuracy.items()},
+        "gap": None,
+        "factor": None,
+        "per_class": {},
+        "kl": None,
+        "js": None,
+        "tow": None,
+    }
+    if known.reference is not None:
+        theirs = {n: accuracy_of(t, n, 2, seed).mean for n, t in known.reference.items()}
+        found["gap"] = {name: accuracy[name].mean - theirs[name] for name in tokens}
+        found["factor"] = {
+            name: _factor_over(ours, known.reference[name], name, config.bootstrap, seed).as_dict()
+            for name, ours in tokens.items()
+        }
+    notes = [LEFT_OUT]
+    if (drawn := len(task.measured)) < (there := len(task.retain)):
+        notes.append(f"Of the {there:,} retained texts {drawn:,}, drawn at random, were measured.")
+    found["extraction"], said = _extractions(task, model, known.prompt, seed)
+    notes += said
+    found |= {"attacks": {}, "roc": {}, "svc": None}
+    if "test" in tokens:
+        told = min_k_attack(tokens["forget"], _others(task, tokens), resamples=config.bootstrap, seed=seed)
+        found["attacks"] = {ATTACKS[name]: attack.as_dict() for name, attack in told.items()}
+        found["roc"] = {ATTACKS[name]: attack.roc.thinned().as_dict() for name, attack in told.items()}
+        notes += sentences(limit for attack in told.values() for limit in attack.limits)
+        if not bool(
+            torch.isin(
+                task.forget.labels,
+                torch.cat([p.labels for n, p in task.sets.items() if n != "forget" and n != "retain"]),
+            ).any()
+        ):
+            notes.append("No test text is of a forgotten topic: attacks may tell them apart by the topic alone.")
+    else:
+        notes.append("Without test texts nothing says what a model recites of texts that it never saw.")
+    found["questions"] = None
+    if known.questions is not None:
+        asked = multiple_choice(model, known.questions, batch_size=config.batch_size)
+        found["questions"] = asked.accuracy.as_dict()
+        notes.append(
+            f"{len(known.questions):,} questions were asked, of which guessing gets {asked.chance:.3g} % right."
+        )
+    found["relearn"] = _relearn(task, model, known.goal, seed)
+    return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
+
+
+def identity(task: Task) -> dict[str, Any]:
+    """What decides the results beside :meth:`Task.identity`: the questions' own bytes."""
+    path = task.config.questions
+    return {} if path is None else {"questions digest": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def read_questions(task: Task) -> list[Question] | None:
+    """The questions of the configuration in the model's tokens: JSON lines of ``question``, ``choices`` and
+    ``answer``, the right choice itself or its number from 0. None where no file is named.
+
+    Raises OSError, and ValueError naming the file and the line.
+    """
+    path = task.config.questions
+    if path is None:
+        return None
+    tokenizer = tokenizer_of(task.config.model)
+    if tokenizer is None:
+        raise ValueError(f"--questions {path} is text, which needs a tokenizer: name a Hugging Face folder with one")
+    found = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                found.append(_question(line, f"--questions {path}, line {number}", tokenizer))
+    if not found:
+        raise ValueError(f"--questions {path} is empty: it has no question")
+    return found
+
+
+def _question(line: str, where: str, tokenizer: Any) -> Question:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not {"question", "choices", "answer"} <= set(row):
+        raise ValueError(f'{where}: expected {{"question": text, "choices": [texts], "answer": text or number}}')
+    text, choices, answer = row["question"], row["choices"], row["answer"]
+    if not isinstance(text, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise ValueError(f"{where}: question must be text and choices a list of texts")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise ValueError(f"{where}: answer must be one of the choices or its number from 0, got {answer!r}")
+
+    def tokens(part: str, special: bool) -> tuple[int, ...]:
+        return tuple(tokenizer(part, add_special_tokens=special)["input_ids"])
+
+    # A choice is a word that follows: tokenizers of sentences have the space before it in its first token.
+    spaced = [choice if choice[:1].isspace() or text[-1:].isspace() else f" {choice}" for choice in choices]
+    try:
+        return Question(tokens(text, True), tuple(tokens(choice, False) for choice in spaced), answer)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _all_log_probs(task: Task, model: nn.Module) -> dict[str, TokenLogProbs]:
+    return {n: token_log_probs(model, part.loader(task.config.batch_size), n) for n, part in task.sets.items()}
+
+
+def _factor_over(ours: TokenLogProbs, theirs: TokenLogProbs, name: str, resamples: int, seed: int) -> Estimate:
+    """A perplexity over that of the same texts under the reference: both are resampled together, as they vary
+    together from text to text."""
+    return perplexity_of(replace(ours, log_probs=ours.log_probs - theirs.log_probs), name, resamples, seed).value
+
+
+def _others(task: Task, tokens: dict[str, TokenLogProbs]) -> TokenLogProbs:
+    """Test texts of the topics that are forgotten, if there are any: others would be told apart by their topic."""
+    from fastunlearn.jobs.task import FORGOTTEN_TEST
+
+    if FORGOTTEN_TEST in tokens:
+        return tokens[FORGOTTEN_TEST]
+    test = tokens["test"]
+    chosen = torch.isin(task.sets["test"].labels, torch.unique(task.forget.labels)) & (test.lengths > 0)
+    if not bool(chosen.any()):
+        return test
+    kept = chosen.repeat_interleave(test.lengths)
+    values = (test.log_probs, test.means, test.deviations, test.correct)
+    return TokenLogProbs(*(value[kept] for value in values), test.lengths[chosen])
+
+
+def _prompt(task: Task) -> int | None:
+    """Half of a forgotten text's tokens, by the median, at most 50; None for texts that begin without labels."""
+    lengths, chats = [], False
+    for batch in task.forget.loader(task.config.batch_size):
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        first = mask.int().argmax(1, keepdim=True)
+        chats |= bool((batch["labels"].gather(1, first) == IGNORED).any())
+        lengths += mask.sum(1).tolist()
+    return None if chats else max(1, min(sorted(lengths)[len(lengths) // 2] // 2, LONGEST_PROMPT))
+
+
+def _extractions(
+    task: Task, model: nn.Module, prompt: int | None, seed: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Of forgotten and of test texts: what share of the tokens and of the texts comes back, and notes."""
+    found: dict[str, Any] = {}
+    begun = "what comes before the first answer" if prompt is None else f"their first {prompt} tokens"
+    notes = [
+        f"Texts were continued greedily from {begun}; sampling, other beginnings or paraphrases may still bring them "
+        "back."
+    ]
+    for name, part in task.sets.items():
+        if name == "retain":
+            continue
+        # One drawn set for all models of a run.
+        few = part.at_most(CONTINUED, task.config.seed)
+        loader = few.loader(task.config.batch_size)
+        if not any(_goes_on(batch["labels"], prompt or 1) for batch in loader):
+            notes.append(f"No text of {name} is longer than that, so none was continued.")
+            continue
+        told = extraction(model, loader, prompt, name, task.config.bootstrap, seed).shares
+        found[name] = {what: told[what].as_dict() for what in ("overlap", "rouge_l", "exact")}
+        if len(few) < len(part):
+            notes.append(f"Of the {len(part):,} texts of {name} {len(few):,}, drawn at random, were continued.")
+    return found or None, notes
+
+
+def _goes_on(labels: Tensor, prompt: int) -> bool:
+    return bool((labels[:, prompt:] != IGNORED).any())
+
+
+class _Positions(nn.Module):
+    """Stands for a language model as a classifier of positions: logits [N, V, T - 1] for the labels but the first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        outputs = self.model(**inputs)
+        logits: Tensor = getattr(outputs, "logits", outputs)
+        return logits[:, :-1].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """Batches with the labels that :class:`_Positions` predicts."""
+
+    batches: Batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.batches:
+            yield {**batch, "labels": batch["labels"][:, 1:]}
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of a text, over the positions that count."""
+    return cross_entropy_by_position(logits, labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def _loss(task: Task, model: nn.Module) -> float:
+    """Mean over the forgotten texts of their mean loss."""
+    forget = _Predicted(task.forget.loader(task.config.batch_size))
+    return evaluate(_Positions(model), forget=forget, loss_fn=_mean_loss).loss["forget"]
+
+
+def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
+    """Steps until the forgotten texts are known as well as to the original, less 5 % of the perplexity; None if
+    never."""
+    if not task.config.relearn or not math.isfinite(goal):
+        return None
+    forget = _Predicted(task.forget.loader(task.config.batch_size, shuffle=True, seed=seed))
+    return relearn_time(
+        _Positions(model), forget, threshold=goal, margin=KNOWN_AGAIN, by="loss", lr=RELEARN_LR,
+        max_steps=task.config.relearn, loss_fn=_mean_loss,
+    ).steps  # fmt: skip
+
+
+# What is said of it.
+
+
+def verdict(unlearned: Row, original: Row, reference: Row | None) -> str:
+    """One sentence: are the texts forgotten, compared with never having seen them, and what did it cost?
+
+    Three things may tell a model from one that never saw the texts: its perplexity on them, what it recites of them,
+    and the membership attacks; each counts where it is further off than chance allows, in either direction. Where they
+    do not even tell the original, the sentence says so.
+    """
+    name, cost = unlearned["name"], _cost(unlearned, original)
+    if reference is None:
+        test = _recited(unlearned, "test")
+        level = "" if test is None else f" (of test texts: {test:.1f} %)"
+        before, after = _recited(original, "forget"), _recited(unlearned, "forget")
+        recited = ""
+        if before is not None and after is not None:
+            recited = f", and what it recites of their tokens from {before:.1f} % to {after:.1f} %{level}"
+        return (
+            f"{name} took the perplexity on the forgotten texts from {_perplexity(original, 'forget')} to "
+            f"{_perplexity(unlearned, 'forget')}{recited}{cost}; without a retrained reference nothing here says how a "
+            "model that never saw them behaves."
+        )
+    before, after = _gaps(original, reference), _gaps(unlearned, reference)
+    told_before = {what for what, (gap, chance) in before.items() if gap > chance}
+    told = {what for what, (gap, chance) in after.items() if gap > chance}
+    halved = [w for w in told_before if w in after and (w not in told or after[w][0] <= before[w][0] / 2)]
+    if told:
+        word = "Partly forgotten" if halved else "Not forgotten"
+    elif told_before:
+        word = "Forgotten, as far as these measures see"
+    else:
+        word = "Undecided, these measures do not even tell the original from a model that never saw the texts"
+    ours, theirs = _recited(unlearned, "forget"), _recited(reference, "forget")
+    recited = ""
+    if ours is not None and theirs is not None:
+        recited = f", it recites {ours:.1f} % of their tokens (that model: {theirs:.1f} %)"
+    aucs = [gap for what, (gap, _) in after.items() if what not in ("perplexity", "extraction")]
+    attack = f", and the strongest attack's AUC is {max(aucs):.3f} away from that model's" if aucs else ""
+    return (
+        f"{word}: after {name} the perplexity on the forgotten texts is {_perplexity(unlearned, 'forget')}, where a "
+        f"model that never saw them has {_perplexity(reference, 'forget')} (before: "
+        f"{_perplexity(original, 'forget')}){recited}{attack}{cost}."
+    )
+
+
+def statement(model: Row, reference: Row | None) -> str:
+    """One sentence about a model that nothing was done to."""
+    recited, test = _recited(model, "forget"), _recited(model, "test")
+    said = f"The model's perplexity on these texts is {_perplexity(model, 'forget')}"
+    if reference is not None:
+        said += f", the retrained one's {_perplexity(reference, 'forget')}"
+    if recited is not None:
+        theirs = None if reference is None else _recited(reference, "forget")
+        beside = [f"the retrained one {theirs:.1f} %"] if theirs is not None else []
+        beside += [f"of test texts {test:.1f} %"] if test is not None else []
+        said += f"; it recites {recited:.1f} % of their tokens" + (f" ({', '.join(beside)})" if beside else "")
+    return said + "."
+
+
+def distance(row: Row, reference: Row) -> float:
+    """Mean over the sets of the nats by which a token's loss is away from the reference's: of perplexities, the
+    logarithm of their factor."""
+    gaps = [abs(_nats(row, name) - _nats(reference, name)) for name in reference["loss"]]
+    return math.fsum(gaps) / len(gaps)
+
+
+def closest(models: Sequence[Row]) -> Row:
+    """The method whose perplexities are closest to the retrained model's; the first of several."""
+    reference = next(m for m in models if m["role"] == "reference")
+    return min((m for m in models if m["role"] in ("unlearned", "baseline")), key=lambda m: distance(m, reference))
+
+
+def comparison_verdict(models: Sequence[Row], best: Row) -> str:
+    """One sentence: which method comes closest to never having seen the texts, how close, and in what time."""
+    original = next(m for m in models if m["role"] == "original")
+    reference = next(m for m in models if m["role"] == "reference")
+    tried = sum(m["role"] in ("unlearned", "baseline") for m in models)
+    runs = best["perplexity"]["forget"]["runs"]
+    over = f"over {runs} seeds" if runs > 1 else "with one seed"
+    spent = f", in {best['seconds']['mean']:.3g} s"
+    if reference["seconds"] is not None:
+        spent += f" where retraining takes {reference['seconds']['mean']:.3g} s"
+    ours, nothing = distance(best, reference), distance(original, reference)
+    sets = len(reference["loss"])
+    away = f"a factor of {_factor(ours)} away in perplexity, on average over {sets} sets"
+    if ours > nothing - NO_GAIN:
+        return (
+            f"None of {tried} methods {over} comes closer to a model that never saw the texts than doing nothing, a "
+            f"factor of {_factor(nothing)} away in perplexity; the closest is {best['name']}: {away}{spent}."
+        )
+    return (
+        f"Of {tried} methods {over}, {best['name']} comes closest to a model that never saw the texts: {away} (doing "
+        f"nothing: {_factor(nothing)}){spent}."
+    )
+
+
+def _gaps(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
+    """How far each measure is from the reference's, and how much of that is near enough or chance at 95 %."""
+    near = math.log1p(NEAR_PERPLEXITY)
+    found = {"perplexity": (abs(_nats(row, "forget") - _nats(reference, "forget")), max(near, _spread(row)))}
+    ours, theirs = (r["extraction"] and r["extraction"].get("forget") for r in (row, reference))
+    if ours and theirs:
+        gap = abs(ours["overlap"]["mean"] - theirs["overlap"]["mean"])
+        found["extraction"] = (gap, max(NEAR_POINTS, _chance(ours["overlap"], theirs["overlap"])))
+    for name, attack in row["attacks"].items():
+        if name in reference["attacks"]:
+            mine, its = attack["auc"], reference["attacks"][name]["auc"]
+            found[name] = (abs(mine["mean"] - its["mean"]), max(NEAR_AUC, _chance(mine, its)))
+    return found
+
+
+def _chance(ours: Row, theirs: Row) -> float:
+    return math.hypot(half_width(ours), half_width(theirs))
+
+
+def _spread(row: Row) -> float:
+    """Half the interval, in nats, of the factor between the perplexity on the forgotten texts and the reference's."""
+    found = (row["factor"] or {}).get("forget")
+    if not found or "high" not in found or not found["low"] > 0:
+        return 0.0
+    return math.log(found["high"] / found["low"]) / 2
+
+
+def _nats(row: Row, name: str) -> float:
+    """Mean loss of a token; infinite where it has no bound."""
+    found = row["loss"][name]
+    return math.inf if found is None or found["mean"] is None else float(found["mean"])
+
+
+def _perplexity(row: Row, name: str) -> str:
+    nats = _nats(row, name)
+    return as_perplexity(math.exp(nats)) if nats < 700 else "without bound"
+
+
+def _factor(nats: float) -> str:
+    return as_perplexity(math.exp(nats)) if nats < 700 else "no bound"
+
+
+def _recited(row: Row, name: str) -> float | None:
+    found = (row["extraction"] or {}).get(name)
+    return None if found is None else float(found["overlap"]["mean"])
+
+
+def _cost(unlearned: Row, original: Row) -> str:
+    """What it did to the perplexity on the retained texts, and on test texts where there are any."""
+    said = []
+    for name, what in (("retain", "retained"), ("test", "test")):
+        if name in original["loss"]:
+            nats = _nats(unlearned, name) - _nats(original, name)
+            change = 100 * math.expm1(nats) if nats < 5 else math.inf
+            if abs(change) < 0.05:
+                said.append(f"the same on the {what} texts")
+            elif change < 100:
+                said.append(f"{abs(change):.1f} % {'more' if change > 0 else 'less'} on the {what} texts")
+            else:
+                said.append(f"{_factor(nats)} times that on the {what} texts")
+    return f"; perplexity is {' and '.join(said)}"
