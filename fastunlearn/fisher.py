@@ -33,6 +33,7 @@ from fastunlearn.data import (
 )
 from fastunlearn.graph import Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
+from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.planning import (
     Observed,
@@ -290,6 +291,7 @@ class _Work:
         targets: dict[str, nn.Parameter],
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        loss_fn = loss_for(model, loss_fn, sample == "token")
         self.model, self.loss_fn, self.kind, self.sample, self.generator = model, loss_fn, kind, sample, generator
         self.targets, self.autocast = targets, autocast
         self.device = generator.device
@@ -416,6 +418,11 @@ class _Work:
     def _passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         """The backward passes of a batch: what to differentiate, how many samples it completes, whether it is the
         last. In each, every sample of the batch has one gradient."""
+        if is_next_token_loss(self.loss_fn):
+            return fisher_passes(outputs, batch.targets, self.kind, self.sample, self.generator, self.autocast)
+        return self._classifier_passes(outputs, batch)
+
+    def _classifier_passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         labels: list[tuple[Any, Tensor | None]]
         if self.kind == "empirical":
             labels = [(batch.targets, None)]
