@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.data import IGNORED, Batches, cross_entropy_by_position
+from fastunlearn.data import IGNORED
 from fastunlearn.evaluate import Estimate, evaluate
 from fastunlearn.evaluate.language import (
     Question,
@@ -31,7 +32,7 @@ from fastunlearn.jobs.findings import NEAR_AUC, NEAR_POINTS, Row, half_width, se
 from fastunlearn.report.language import as_perplexity
 
 if TYPE_CHECKING:
-    from fastunlearn.jobs.task import Task
+    from fastunlearn.jobs.task import Part, Task
 
 NEAR_PERPLEXITY = 0.1  # of the perplexity on the forgotten texts, that counts as the same, beside what chance allows
 NO_GAIN = 0.005  # nats of a token, that are no step towards the model that never saw the texts
@@ -66,7 +67,8 @@ class KnownTexts:
     def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> KnownTexts:
         """Cost: a pass over the forgotten texts, and one over every set through the reference."""
         theirs = None if reference is None else _all_log_probs(task, reference)
-        return cls(_loss(task, original), theirs, _prompt(task), read_questions(task))
+        goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
+        return cls(goal, theirs, _prompt(task), read_questions(task))
 
 
 def require_measurable(task: Task) -> None:
@@ -79,6 +81,61 @@ def require_measurable(task: Task) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How long measuring a language model takes, tried on the first texts.
+
+    Attributes:
+        continued: texts of each set that are continued.
+        tokens: of the longest continuation.
+        continuation: seconds to continue one text; 0.0 where none is.
+        questions, choices: how many there are.
+        question: seconds to ask one.
+        statistics: seconds of attacks and intervals of one model.
+    """
+
+    continued: dict[str, int]
+    tokens: int
+    continuation: float
+    questions: int
+    choices: int
+    question: float
+    statistics: float
+
+
+def trial(task: Task) -> Trial:
+    """Continue and ask the first few, and resample figures that are made up. Changes nothing."""
+    prompt, questions = _prompt(task), read_questions(task)
+    continued = {n: len(p.at_most(CONTINUED, 0)) for n, p in task.sets.items() if n != "retain"}
+    first = next(iter(task.forget.loader(task.config.batch_size)))
+    longest, seconds = 0, 0.0
+    if _goes_on(first["labels"], prompt or 1):
+        longest = int((first["labels"][:, prompt or 1 :] != IGNORED).sum(1).max())
+        extraction(task.model, [first], prompt, "forget", 2)  # what a first call costs is not its pace
+        started = time.perf_counter()
+        extraction(task.model, [first], prompt, "forget", 2)
+        seconds = (time.perf_counter() - started) / len(first["labels"])
+    few, each = (questions or [])[: task.config.batch_size], 0.0
+    if few:
+        started = time.perf_counter()
+        multiple_choice(task.model, few, batch_size=task.config.batch_size)
+        each = (time.perf_counter() - started) / len(few)
+    made = {name: _made_up(part) for name, part in task.sets.items()}
+    started = time.perf_counter()
+    _statistics(task, made, 0)
+    statistics = time.perf_counter() - started
+    choices = sum(len(question.choices) for question in questions or [])
+    return Trial(continued, longest, seconds, len(questions or []), choices, each, statistics)
+
+
+def _made_up(part: Part) -> TokenLogProbs:
+    """Log-probabilities that no model has, of as many tokens."""
+    labels = part.samples.batch(part.indices)["labels"]
+    lengths = (labels[:, 1:] != IGNORED).sum(1)
+    values = -torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return TokenLogProbs(values, values.clone(), -values, values > -0.5, lengths)
+
+
 def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[str, Any]:
     """Everything about one model; JSON, as :func:`fastunlearn.jobs.measuring.measure` returns it.
 
@@ -87,46 +144,19 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
     """
     config = task.config
     tokens = _all_log_probs(task, model)
-    perplexities = {n: perplexity_of(t, n, config.bootstrap, seed) for n, t in tokens.items()}
-    accuracy = {n: accuracy_of(t, n, config.bootstrap, seed) for n, t in tokens.items()}
-    found: dict[str, Any] = {
-        "perplexity": {name: p.value.as_dict() for name, p in perplexities.items()},
-        "loss": {name: p.loss for name, p in perplexities.items()},
-        "accuracy": {name: a.as_dict() for name, a in accuracy.items()},
-        "gap": None,
-        "factor": None,
-        "per_class": {},
-        "kl": None,
-        "js": None,
-        "tow": None,
-    }
+    found = _statistics(task, tokens, seed)
     if known.reference is not None:
         theirs = {n: accuracy_of(t, n, 2, seed).mean for n, t in known.reference.items()}
-        found["gap"] = {name: accuracy[name].mean - theirs[name] for name in tokens}
+        found["gap"] = {name: found["accuracy"][name]["mean"] - theirs[name] for name in tokens}
         found["factor"] = {
             name: _factor_over(ours, known.reference[name], name, config.bootstrap, seed).as_dict()
             for name, ours in tokens.items()
         }
-    notes = [LEFT_OUT]
+    notes = [LEFT_OUT, *found["notes"]]
     if (drawn := len(task.measured)) < (there := len(task.retain)):
         notes.append(f"Of the {there:,} retained texts {drawn:,}, drawn at random, were measured.")
     found["extraction"], said = _extractions(task, model, known.prompt, seed)
     notes += said
-    found |= {"attacks": {}, "roc": {}, "svc": None}
-    if "test" in tokens:
-        told = min_k_attack(tokens["forget"], _others(task, tokens), resamples=config.bootstrap, seed=seed)
-        found["attacks"] = {ATTACKS[name]: attack.as_dict() for name, attack in told.items()}
-        found["roc"] = {ATTACKS[name]: attack.roc.thinned().as_dict() for name, attack in told.items()}
-        notes += sentences(limit for attack in told.values() for limit in attack.limits)
-        if not bool(
-            torch.isin(
-                task.forget.labels,
-                torch.cat([p.labels for n, p in task.sets.items() if n != "forget" and n != "retain"]),
-            ).any()
-        ):
-            notes.append("No test text is of a forgotten topic: attacks may tell them apart by the topic alone.")
-    else:
-        notes.append("Without test texts nothing says what a model recites of texts that it never saw.")
     found["questions"] = None
     if known.questions is not None:
         asked = multiple_choice(model, known.questions, batch_size=config.batch_size)
@@ -136,6 +166,29 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
         )
     found["relearn"] = _relearn(task, model, known.goal, seed)
     return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
+
+
+def _statistics(task: Task, tokens: Mapping[str, TokenLogProbs], seed: int) -> dict[str, Any]:
+    """What the log-probabilities of the sets' tokens say by themselves."""
+    resamples = task.config.bootstrap
+    perplexities = {n: perplexity_of(t, n, resamples, seed) for n, t in tokens.items()}
+    found: dict[str, Any] = {
+        "perplexity": {name: p.value.as_dict() for name, p in perplexities.items()},
+        "loss": {name: p.loss for name, p in perplexities.items()},
+        "accuracy": {name: accuracy_of(t, name, resamples, seed).as_dict() for name, t in tokens.items()},
+        "gap": None, "factor": None, "per_class": {}, "kl": None, "js": None, "tow": None,
+        "attacks": {}, "roc": {}, "svc": None,
+    }  # fmt: skip
+    if "test" not in tokens:
+        return found | {"notes": ["Without test texts nothing says what a model knows of texts that it never saw."]}
+    told = min_k_attack(tokens["forget"], _others(task, tokens), resamples=resamples, seed=seed)
+    found["attacks"] = {ATTACKS[name]: attack.as_dict() for name, attack in told.items()}
+    found["roc"] = {ATTACKS[name]: attack.roc.thinned().as_dict() for name, attack in told.items()}
+    notes = sentences(limit for attack in told.values() for limit in attack.limits)
+    assert task.test is not None
+    if not bool(torch.isin(task.test.labels, task.forget.labels).any()):
+        notes.append("No test text is of a forgotten topic: attacks may tell them apart by the topic alone.")
+    return found | {"notes": notes}
 
 
 def identity(task: Task) -> dict[str, Any]:
@@ -202,7 +255,7 @@ def _factor_over(ours: TokenLogProbs, theirs: TokenLogProbs, name: str, resample
     return perplexity_of(replace(ours, log_probs=ours.log_probs - theirs.log_probs), name, resamples, seed).value
 
 
-def _others(task: Task, tokens: dict[str, TokenLogProbs]) -> TokenLogProbs:
+def _others(task: Task, tokens: Mapping[str, TokenLogProbs]) -> TokenLogProbs:
     """Test texts of the topics that are forgotten, if there are any: others would be told apart by their topic."""
     from fastunlearn.jobs.task import FORGOTTEN_TEST
 
@@ -213,8 +266,9 @@ def _others(task: Task, tokens: dict[str, TokenLogProbs]) -> TokenLogProbs:
     if not bool(chosen.any()):
         return test
     kept = chosen.repeat_interleave(test.lengths)
-    values = (test.log_probs, test.means, test.deviations, test.correct)
-    return TokenLogProbs(*(value[kept] for value in values), test.lengths[chosen])
+    return TokenLogProbs(
+        test.log_probs[kept], test.means[kept], test.deviations[kept], test.correct[kept], test.lengths[chosen]
+    )
 
 
 def _prompt(task: Task) -> int | None:
@@ -258,51 +312,14 @@ def _goes_on(labels: Tensor, prompt: int) -> bool:
     return bool((labels[:, prompt:] != IGNORED).any())
 
 
-class _Positions(nn.Module):
-    """Stands for a language model as a classifier of positions: logits [N, V, T - 1] for the labels but the first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        outputs = self.model(**inputs)
-        logits: Tensor = getattr(outputs, "logits", outputs)
-        return logits[:, :-1].transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class _Predicted:
-    """Batches with the labels that :class:`_Positions` predicts."""
-
-    batches: Batches
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.batches:
-            yield {**batch, "labels": batch["labels"][:, 1:]}
-
-
-def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of a text, over the positions that count."""
-    return cross_entropy_by_position(logits, labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
-
-
-def _loss(task: Task, model: nn.Module) -> float:
-    """Mean over the forgotten texts of their mean loss."""
-    forget = _Predicted(task.forget.loader(task.config.batch_size))
-    return evaluate(_Positions(model), forget=forget, loss_fn=_mean_loss).loss["forget"]
-
-
 def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
-    """Steps until the forgotten texts are known as well as to the original, less 5 % of the perplexity; None if
-    never."""
+    """Steps until the mean loss of the forgotten texts is the original's again, but for 0.05 nats; None if never."""
     if not task.config.relearn or not math.isfinite(goal):
         return None
-    forget = _Predicted(task.forget.loader(task.config.batch_size, shuffle=True, seed=seed))
+    forget = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
     return relearn_time(
-        _Positions(model), forget, threshold=goal, margin=KNOWN_AGAIN, by="loss", lr=RELEARN_LR,
-        max_steps=task.config.relearn, loss_fn=_mean_loss,
-    ).steps  # fmt: skip
+        model, forget, threshold=goal, margin=KNOWN_AGAIN, by="loss", lr=RELEARN_LR, max_steps=task.config.relearn
+    ).steps
 
 
 # What is said of it.
@@ -319,10 +336,10 @@ def verdict(unlearned: Row, original: Row, reference: Row | None) -> str:
     if reference is None:
         test = _recited(unlearned, "test")
         level = "" if test is None else f" (of test texts: {test:.1f} %)"
-        before, after = _recited(original, "forget"), _recited(unlearned, "forget")
+        first, now = _recited(original, "forget"), _recited(unlearned, "forget")
         recited = ""
-        if before is not None and after is not None:
-            recited = f", and what it recites of their tokens from {before:.1f} % to {after:.1f} %{level}"
+        if first is not None and now is not None:
+            recited = f", and what it recites of their tokens from {first:.1f} % to {now:.1f} %{level}"
         return (
             f"{name} took the perplexity on the forgotten texts from {_perplexity(original, 'forget')} to "
             f"{_perplexity(unlearned, 'forget')}{recited}{cost}; without a retrained reference nothing here says how a "
