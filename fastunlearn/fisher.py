@@ -161,7 +161,8 @@ def fisher_diagonal(
         model: any module; in eval mode where it has BatchNorm or dropout inside an unknown layer.
         batches: re-iterable of ``(inputs, targets)`` or of dicts with ``labels``; samples along the first axis.
         loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample, or ``Tensor[N, T]`` for tokens;
-            default cross-entropy of logits [N, C] or [N, C, T].
+            default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
+            the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
             softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
         params: names to compute; default all that require grad.

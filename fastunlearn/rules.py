@@ -11,10 +11,12 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -157,6 +159,12 @@ def _rms_norm(module: nn.RMSNorm, seen: Seen) -> dict[str, Use]:
     return _affine(g.flatten(-len(shape)), lambda: F.rms_norm(x, shape, eps=module.eps).flatten(-len(shape)), -1)
 
 
+def _root_mean_square_norm(module: nn.Module, seen: Seen) -> dict[str, Use]:
+    """One that :func:`_rms_eps` has recognised; the weight and 1 + weight have the same derivative."""
+    x, g = seen.xg
+    return _affine(g, lambda: F.rms_norm(x, x.shape[-1:], eps=_rms_eps(module)), -1)
+
+
 def _group_norm(module: nn.GroupNorm, seen: Seen) -> dict[str, Use]:
     x, g = seen.xg
     return _affine(g, lambda: F.group_norm(x, module.num_groups, eps=module.eps), 1)
@@ -266,7 +274,74 @@ def rule_of(module: nn.Module) -> Rule | None:
             getattr(type(module), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward")
         ):
             return rule
-    return _transposed_linear if _is_transposed_linear(module) else None
+    if _is_transposed_linear(module):
+        return _transposed_linear
+    return _root_mean_square_norm if _rms_eps(module) is not None else None
+
+
+def _rms_eps(module: nn.Module) -> float | None:
+    """The epsilon of an RMSNorm as transformers writes them (Llama's, Gemma's with 1 + weight, T5's), each a class of
+    its own; None of anything else.
+
+    Recognised by what its forward computes, not by its name: a module of one vector ``weight`` with an epsilon whose
+    forward takes one tensor is tried, once per class and settings, on small random inputs. A stand-in with a weight of
+    its own is what runs, for the module's own may be sharded.
+    """
+    own = vars(module)
+    if list(own["_parameters"]) != ["weight"] or own["_modules"] or own["_buffers"] or "forward" in own:
+        return None
+    # What else it has, a forward that needs it will miss.
+    settings = {name: value for name, value in own.items() if name not in _MODULE_STATE and _is_plain(value)}
+    epsilons = [value for name, value in settings.items() if "eps" in name and isinstance(value, float)]
+    weight = own["_parameters"]["weight"]
+    if len(epsilons) != 1 or weight is None or weight.dim() != 1 or not len(weight):
+        return None
+    # What fully_shard makes of a class is not to be made by hand; it forwards to the class it was made of.
+    cls = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    known = _is_rms_norm(cls, type(module).forward, len(weight), module.training, tuple(sorted(settings.items())))
+    return epsilons[0] if known else None
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _is_plain(value: Any) -> bool:
+    """A setting, not state."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, torch.dtype, type(None)))
+
+
+@lru_cache(maxsize=1024)
+def _is_rms_norm(
+    cls: Any, forward: Callable[..., Any], size: int, training: bool, settings: tuple[tuple[str, Any], ...]
+) -> bool:
+    parameters = list(inspect.signature(forward).parameters.values())
+    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return False  # a gate or a scale, too
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.training = training
+    vars(module).update(settings)
+    eps: float = next(value for name, value in settings if "eps" in name and isinstance(value, float))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        for shape in ((3, size), (2, 3, size), (2, 1, 3, size)):
+            weight, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((size,), shape))
+            # Of a mean beside zero, and as small as epsilon is felt, ordinary, and large.
+            x = (x + 0.5) * torch.tensor([max(eps, 1e-12) ** 0.5, 1.0, 100.0], dtype=torch.float64)[:, None]
+            module.weight = nn.Parameter(weight)
+            try:
+                found = forward(module, x.clone())
+            except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                return False
+            if not isinstance(found, Tensor) or found.shape != x.shape:
+                return False
+            normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            # Most compute in float32 whatever they are given.
+            if not any(torch.allclose(found.double(), w * normalized, 1e-5, 1e-6) for w in (weight, 1 + weight)):
+                return False
+    return True
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -336,7 +411,8 @@ def _kind(module: nn.Module, local: str) -> str | None:
         return None  # what a parametrization computes the weight from
     if isinstance(module, _ConvNd):
         return f"patches of {module.groups} groups"
-    return next((kind for cls, (_, kind) in RULES.items() if isinstance(module, cls)), "rows")
+    unlisted = "rows" if is_transposed(module) else "norm"  # Conv1D, an RMSNorm of another class
+    return next((kind for cls, (_, kind) in RULES.items() if isinstance(module, cls)), unlisted)
 
 
 _ATTENTION = {

@@ -23,7 +23,7 @@ class Retrain:
         lr: peak of the one-cycle learning rate.
         weight_decay: of AdamW.
         build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seed: of the initialisation and of whatever the model draws while training.
         progress: show a progress bar.
     """
@@ -81,7 +81,7 @@ class FineTune:
     Args:
         epochs: passes over ``retain``.
         lr, momentum: of SGD.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         progress: show a progress bar.
     """
 
@@ -119,7 +119,7 @@ class GradientAscent:
     Args:
         epochs: passes over ``forget``.
         lr: of plain SGD.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         progress: show a progress bar.
     """
 

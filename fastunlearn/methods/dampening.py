@@ -36,7 +36,7 @@ class SelectiveSynapticDampening:
         fisher: ``"empirical"``, ``"monte_carlo"`` or ``"exact"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
             first of an iteration (shuffle them); None for all.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seed: of Monte-Carlo labels.
         progress: show progress bars.
     """

@@ -80,7 +80,8 @@ class LCodec:
         max_block: weights per block; units are taken in order while they fit, the first one always. By default
             2,048 with "cholesky", unlimited otherwise.
         batch_size: samples per forward and backward pass.
-        loss_fn: (outputs, targets) -> one loss per sample; cross-entropy by default.
+        loss_fn: (outputs, targets) -> one loss per sample; cross-entropy by default, for causal language models that of
+            the next token.
         layers: names of the layers whose units may be chosen, see :mod:`fastunlearn.activations`; all trainable by
             default.
         privacy: adds Gaussian noise of :meth:`Privacy.deviation` to the block at each removal. Not a certificate.

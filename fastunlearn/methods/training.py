@@ -11,6 +11,7 @@ from torch import nn
 
 from fastunlearn.data import Batches, LossFunction, per_sample_loss, read
 from fastunlearn.hooks import device_of
+from fastunlearn.language import loss_for
 from fastunlearn.outcome import track
 
 
@@ -32,6 +33,7 @@ def descend(
     with the model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
     """
     device = device_of(model)
+    loss_fn = loss_for(model, loss_fn)
     for epoch in _epochs(epochs, name, progress):
         for batch in read(batches, name, device):
             loss = per_sample_loss(loss_fn, batch.outputs(model), batch.targets, batch.size).mean()
