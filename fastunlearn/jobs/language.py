@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastunlearn.data import IGNORED
 from fastunlearn.evaluate import Estimate, evaluate
 from fastunlearn.evaluate.language import (
+    Perplexity,
     Question,
     TokenLogProbs,
     accuracy_of,
@@ -168,13 +169,19 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
     return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
 
 
+def _logarithm(found: Perplexity) -> Estimate:
+    """The loss of a token with the interval of the perplexity, which is e to it."""
+    low, high = found.value.low, found.value.high
+    return Estimate(found.loss) if low is None or high is None else Estimate(found.loss, math.log(low), math.log(high))
+
+
 def _statistics(task: Task, tokens: Mapping[str, TokenLogProbs], seed: int) -> dict[str, Any]:
     """What the log-probabilities of the sets' tokens say by themselves."""
     resamples = task.config.bootstrap
     perplexities = {n: perplexity_of(t, n, resamples, seed) for n, t in tokens.items()}
     found: dict[str, Any] = {
         "perplexity": {name: p.value.as_dict() for name, p in perplexities.items()},
-        "loss": {name: p.loss for name, p in perplexities.items()},
+        "loss": {name: _logarithm(p).as_dict() for name, p in perplexities.items()},
         "accuracy": {name: accuracy_of(t, name, resamples, seed).as_dict() for name, t in tokens.items()},
         "gap": None, "factor": None, "per_class": {}, "kl": None, "js": None, "tow": None,
         "attacks": {}, "roc": {}, "svc": None,
@@ -469,14 +476,14 @@ def _recited(row: Row, name: str) -> float | None:
 def _cost(unlearned: Row, original: Row) -> str:
     """What it did to the perplexity on the retained texts, and on test texts where there are any."""
     said = []
-    for name, what in (("retain", "retained"), ("test", "test")):
+    for name, what in (("retain", "on the retained texts the perplexity is"), ("test", "on test texts")):
         if name in original["loss"]:
             nats = _nats(unlearned, name) - _nats(original, name)
             change = 100 * math.expm1(nats) if nats < 5 else math.inf
             if abs(change) < 0.05:
-                said.append(f"the same on the {what} texts")
+                said.append(f"{what} the same")
             elif change < 100:
-                said.append(f"{abs(change):.1f} % {'more' if change > 0 else 'less'} on the {what} texts")
+                said.append(f"{what} {abs(change):.1f} % {'higher' if change > 0 else 'lower'}")
             else:
-                said.append(f"{_factor(nats)} times that on the {what} texts")
-    return f"; perplexity is {' and '.join(said)}"
+                said.append(f"{what} {_factor(nats)} times what it was")
+    return f"; {', '.join(said)}"

@@ -21,7 +21,7 @@ from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
 from fastunlearn.inputs.places import blaming
-from fastunlearn.inputs.texts import next_tokens
+from fastunlearn.inputs.texts import is_causal_folder, next_tokens, with_own_targets
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, TAKES_VALIDATION, entry
 from fastunlearn.language import is_causal_lm
@@ -218,8 +218,9 @@ def open_task(config: Config) -> Task:
     names: list[str] | None = None  # of the classes, from the first source that has any: a class is a number once
 
     def opened(name: str, spec: str) -> Samples:
+        own = with_own_targets(spec, options) if is_causal_folder(config.model) else options
         with naming(flag_of(name)):
-            return open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
+            return open_samples(spec, options=own, tokenizer=tokenizer, classes=names)
 
     forget, retain = _forget_and_retain(config, opened)
     names = forget.samples.classes or retain.samples.classes

@@ -177,9 +177,11 @@ def answers(view: View, mine: Model) -> list[tuple[str, str, str]]:
     if known is not None:
         rest = others(partial(part_of, key="perplexity", part="forget"), as_perplexity)
         factor = mean_of(part_of(mine, "factor", "forget"))
-        said = detail(f"Perplexity {as_perplexity(known)} on the forgotten texts", rest)
-        answer = as_perplexity(known) if factor is None else as_factor(factor)
-        found.append(("Is it forgotten?", answer, said if factor is None else f"Of never having seen it. {said}"))
+        answer, said = as_perplexity(known), "Perplexity on the forgotten texts"
+        if factor is not None:
+            answer, said = as_factor(factor), "The perplexity of never having seen them: "
+            said += f"{as_perplexity(known)} on the forgotten texts"
+        found.append(("Is it forgotten?", answer, detail(said, rest)))
     overlap = mean_of(recited(mine, "forget", "overlap"))
     if overlap is not None:
 

@@ -152,6 +152,11 @@ def _models(view: View) -> str:
     return main + _within_note(view, "accuracy") + _finer(view) + _per_class(view)
 
 
+def _language(view: View) -> str:
+    body = language.section(view)
+    return body and body + _within_note(view, "perplexity")
+
+
 def _within_note(view: View, key: str) -> str:
     if view.reference is None:
         return ""
@@ -598,7 +603,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[View], str]], ...] = (
         "Language",
         "How well the next token is known, and how much of a text comes back from its beginning. Compare with a model "
         "trained without the forgotten texts, or with texts that no model saw.",
-        language.section,
+        _language,
     ),
     (
         "attacks",
