@@ -31,10 +31,13 @@ from fastunlearn.data import (
     per_sample_loss,
     read,
 )
-from fastunlearn.graph import Taps
+from fastunlearn.draws import derived_seed
+from fastunlearn.graph import Aliases, Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
 from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
+from fastunlearn.parallel.deal import together
+from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -45,9 +48,11 @@ from fastunlearn.planning import (
     plan_of_rules,
     probe,
     require_independent,
+    sharded_plan,
 )
 from fastunlearn.rules import Seen, joined, rule_of, ruled_owners
-from fastunlearn.units import Record, Substitution, Unit, add_squares, map_tensors, spread, zeros_for
+from fastunlearn.sums import Sums
+from fastunlearn.units import Record, Substitution, Unit, add_squares, map_tensors, spread
 from fastunlearn.uses import Use
 
 Kind = Literal["empirical", "monte_carlo", "exact"]
@@ -149,6 +154,7 @@ def fisher_diagonal(
     progress: bool = False,
     name: str = "batches",
     sample: Sample = "sequence",
+    dtype: torch.dtype | None = None,
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
@@ -171,9 +177,16 @@ def fisher_diagonal(
         name: what error messages call ``batches``.
         sample: ``"sequence"``: a sample is an index of the first axis. ``"token"``: a sample is a position [n, t], and
             its gradient is that of its own loss; positions with the label -100 are neither computed nor counted.
+        dtype: ``torch.bfloat16`` keeps the sums in half of the memory, each batch's squares rounded at random so that
+            the sum is right on average (:func:`fastunlearn.ops.add_rounded_`, drawn from ``seed``).
 
     Returns:
-        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters), on the parameters' device.
+        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device;
+        of parameters sharded by FSDP2, DTensors sharded alike.
+
+    On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
+    own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
+    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found.
 
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.
@@ -203,20 +216,25 @@ def fisher_diagonal(
     require_finite(model)
     if torch.nn.modules.module._global_forward_hooks:
         raise ValueError("forward hooks of all modules are registered, and may change what layers return; remove them")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.bfloat16 or None, got {dtype}")
     device = device_of(model)
-    generator = torch.Generator(device).manual_seed(seed)
+    ranks = sharing(model)
+    model = unwrapped(model)
     with eager(), preserved(model), torch.enable_grad():
         targets = _select(model, params)
         chosen = {id(p) for p in targets.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        work = _Work(model, loss_fn, kind, sample, generator, targets, _autocast(device))
-        for batch in track(read(batches, name, device), f"Fisher diagonal, {name}", progress):
-            work.add(batch)
-    if not work.samples:
+        sums = Sums(targets, ranks, dtype, seed)
+        work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
+        for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
+            work.add(batch, counts)
+            reshard(model)
+    samples = sum(ranks.gather(work.samples))
+    if not samples:
         raise ValueError(f"{name} has no position with a label other than {IGNORED}")
-    values = {key: value.div_(work.samples) for key, value in work.sums.items()}
-    return FisherDiagonal(values, work.samples, kind, sample)
+    return FisherDiagonal(sums.mean(samples), samples, kind, sample)
 
 
 def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None = None) -> dict[str, str]:
@@ -232,8 +250,7 @@ def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None
     with eager(), preserved(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is slow is in the answer
         targets = _select(model, None)
-        generator = torch.Generator(device).manual_seed(0)
-        work = _Work(model, loss_fn, "empirical", "sequence", generator, targets, _autocast(device))
+        work = _Work(model, loss_fn, "empirical", "sequence", 0, Sums(targets, ALONE), _autocast(device), ALONE)
         work.add(next(read(batches, "batches", device)))
     plan = work.plan
     assert plan is not None  # add() raises where there is none
@@ -288,16 +305,19 @@ class _Work:
         loss_fn: LossFunction | None,
         kind: Kind,
         sample: Sample,
-        generator: torch.Generator,
-        targets: dict[str, nn.Parameter],
+        seed: int,
+        sums: Sums,
         autocast: Callable[[], AbstractContextManager[Any]],
+        ranks: Ranks,
     ) -> None:
         loss_fn = loss_for(model, loss_fn, sample == "token")
-        self.model, self.loss_fn, self.kind, self.sample, self.generator = model, loss_fn, kind, sample, generator
-        self.targets, self.autocast = targets, autocast
-        self.device = generator.device
-        self.sums = {name: zeros_for(p) for name, p in targets.items()}
+        self.model, self.loss_fn, self.kind, self.sample, self.seed = model, loss_fn, kind, sample, seed
+        self.targets, self.sums, self.autocast, self.ranks = sums.parameters, sums, autocast, ranks
+        self.device = device_of(model)
+        self.generator = torch.Generator(self.device)
         self.samples = 0
+        self.batches = 0  # of all ranks, of which this one is at number ``batches + rank``
+        self.aliases = Aliases(model) if sums.sharded else None
         self.plan: Plan | None = None
         self.compared = False  # a sample's loss alone with its loss in company
         self.warned: set[str] = set()
@@ -311,7 +331,33 @@ class _Work:
         with self.autocast():
             return self.loss(batch.outputs(self.model), batch.targets, batch.size)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, counts: bool = True) -> None:
+        """Add the batch's squares, or, of one that does not count, take part in what the ranks do together."""
+        before = self.samples
+        self.generator.manual_seed(derived_seed(self.seed, self.batches + self.ranks.rank))
+        if self.sums.sharded:
+            self._add_sharded(batch)
+        else:
+            self._add_planned(batch)
+        self.batches += self.ranks.size
+        if not counts:
+            self.samples = before
+            self.sums.cancel()
+        self.sums.flush()
+
+    def _add_sharded(self, batch: Batch) -> None:
+        """Every pass is a collective, so all ranks plan alike, and no layer is ever run by itself."""
+        one = None
+        if self.plan is None:
+            owners = ruled_owners(dict(self.model.named_modules()))  # before a pass leaves weights gathered
+            one = probe(self.model, self.losses_of, batch, self.device, self.aliases)
+            self.plan = sharded_plan(
+                self.model, self.losses_of, batch, one, owners, self.targets, self.autocast, self.aliases
+            )
+        if self._add(batch, list(self.plan.units), self.plan, one) is None:
+            raise ValueError(_UNSTEADY)
+
+    def _add_planned(self, batch: Batch) -> None:
         """Plan if this is the first batch or one that the plan does not fit, then add the batch's squares."""
         alone = not self.compared and batch.size > 1
         one = probe(self.model, self.losses_of, batch, self.device) if alone or self.plan is None else None
@@ -351,7 +397,7 @@ class _Work:
     ) -> Plan | None:
         """Add one batch's squares; returns the plan, or None with nothing added where the batch does not fit it."""
         with ExitStack() as stack:
-            taps, substitution = Taps(), Substitution()
+            taps, substitution = Taps(self.aliases), Substitution()
             stack.callback(taps.close)
             squares = _Squares(self.sums, batch.size, self._running_again(substitution))
             if isinstance(plan, Plan):
@@ -364,6 +410,8 @@ class _Work:
             records: dict[nn.Module, list[Record]] = {module: [] for module in modules}
 
             def on_call(call: Call) -> None:
+                if self.aliases is not None:
+                    self.aliases.see(call.module)
                 records[call.module].append(Record.of(call, True, taps, squares.arrived))
 
             with recording(modules, on_call), self.autocast():
@@ -491,9 +539,7 @@ def _keep_ignored(labels: Tensor, targets: Any) -> Tensor:
 class _Squares:
     """What becomes of the gradients of one batch as they arrive: squares in the sums, and nothing else."""
 
-    def __init__(
-        self, sums: Mapping[str, Tensor], samples: int, context: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, sums: Sums, samples: int, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self.sums, self.samples, self.context = sums, samples, context
 
     def expect(self, plan: Plan, observed: Observed, last: bool) -> None:
@@ -518,8 +564,8 @@ class _Squares:
 
     def take(self, name: str, grad: Tensor) -> None:
         """The gradient of a parameter with one copy per sample."""
-        with torch.no_grad():
-            add_squares(self.sums[name], grad)
+        with torch.no_grad(), self._into(name) as region:
+            add_squares(region, grad)
 
     def arrived(self, record: Record) -> None:
         """All gradients of a call are there."""
@@ -558,13 +604,23 @@ class _Squares:
     def _square(self, name: str) -> None:
         # Gradients arrive from the last call to the first; rules are given the first call first.
         uses = sorted(self.uses.pop(name), key=lambda pair: pair[0])
-        for use in joined([use for _, use in uses]):
-            use.add_to(self.sums[name])
+        with self._into(name) as region:
+            for use in joined([use for _, use in uses]):
+                use.add_to(region)
+
+    @contextmanager
+    def _into(self, name: str) -> Iterator[Tensor]:
+        """What to add the squares of a parameter to; they are all there when the block ends."""
+        region = self.sums.region(name)
+        yield region
+        self.sums.complete(name, region)
 
     def _run_again(self, module: nn.Module) -> None:
         fallback, records = self.fallbacks[module], self.again.pop(module)
-        parameters = [(self.plan.parameters[n], self.sums[n]) for n in fallback.names]
-        fallback.add(records, parameters, self.samples, self.context)
+        with ExitStack() as stack:
+            regions = [stack.enter_context(self._into(name)) for name in fallback.names]
+            parameters = list(zip((self.plan.parameters[n] for n in fallback.names), regions, strict=True))
+            fallback.add(records, parameters, self.samples, self.context)
         if self.last:
             for record in records:
                 record.call, record.grads = None, []

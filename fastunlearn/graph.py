@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
@@ -34,7 +34,25 @@ class Survey:
     kinds: Counter[str]
 
 
-def survey(result: Tensor, marked: Container[Key]) -> Survey:
+class Aliases:
+    """FSDP2 lets a module run with gathered parameters, which are others than those it has at rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._at_rest = {module: dict(module._parameters) for module in model.modules() if module._parameters}
+        self._known: dict[int, int] = {}
+
+    def see(self, module: nn.Module) -> None:
+        """To be called while the module runs."""
+        for local, parameter in self._at_rest.get(module, {}).items():
+            running = module._parameters[local]
+            if parameter is not None and running is not None and running is not parameter:
+                self._known[id(running)] = id(parameter)
+
+    def __getitem__(self, running: int) -> int:
+        return self._known.get(running, running)
+
+
+def survey(result: Tensor, marked: Container[Key], aliases: Aliases | None = None) -> Survey:
     """One walk over the graph of ``result``, O(nodes); raises ValueError where a node hides uses of parameters."""
     edges: Counter[int] = Counter()
     reached: set[Key] = set()
@@ -57,7 +75,7 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
                 above.add(node)
             variable = _variable(upstream)
             if variable is not None:
-                edges[id(variable)] += 1
+                edges[id(variable) if aliases is None else aliases[id(variable)]] += 1
                 continue
             users[upstream].append(node)
             if upstream not in seen:
@@ -130,7 +148,8 @@ class Taps:
     after an exception: hooks, graph and callbacks hold one another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: Aliases | None = None) -> None:
+        self._aliases = aliases
         self._edges: dict[Key, GradientEdge] = {}
         self._callbacks: dict[int, list[Callable[[Tensor], None]]] = {}
         self._indices: dict[Key, int] = {}
@@ -158,7 +177,7 @@ class Taps:
         return grad.new_zeros(()).expand_as(grad) if index in self._ends else None
 
     def survey(self, result: Tensor) -> Survey:
-        return survey(result, self._edges)
+        return survey(result, self._edges, self._aliases)
 
     def backward(self, result: Tensor, ends: Iterable[Key], retain_graph: bool = False) -> None:
         """Bring gradients as far as ``ends``, the frontier of a survey: on the way no weight gradient is computed."""

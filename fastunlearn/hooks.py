@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastunlearn.parallel.ranks import everyone, local, unwrapped
+
 Copies = list[tuple[str, nn.Parameter, torch.Tensor]]
 
 
@@ -163,11 +165,15 @@ def require_separable(model: nn.Module) -> None:
 
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds NaN or Inf."""
-    named = list(model.named_parameters())
+    named = [(name, local(p)) for name, p in unwrapped(model).named_parameters()]
+    ranks = everyone(model)
     # NaN and Inf never leave a sum, which is read once and waited for once; a sum may also overflow by itself.
     sums = [p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None) for _, p in named]
-    if bool(torch.isfinite(torch.stack([s.abs().to(torch.float64) for s in sums]).sum())):
+    total = torch.stack([s.detach().abs().to(torch.float64) for s in sums]).sum()
+    ranks.sum_(total)  # so that all ranks find, or do not find, the same
+    if bool(torch.isfinite(total)):
         return
-    for name, parameter in named:
-        if not bool(torch.isfinite(parameter).all()):
+    here = next((name for name, p in named if not bool(torch.isfinite(p).all())), None)
+    for name in ranks.gather(here):
+        if name is not None:
             raise ValueError(f"parameter {name} holds NaN or Inf; unlearning would only spread it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def on_ranks(size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
 def _received(rank: int, connection: Connection) -> Any:
     assert connection.poll(LIMIT), f"rank {rank} has said nothing for {LIMIT} s"
     try:
-        failed, result = connection.recv()
+        failed, result = pickle.loads(connection.recv())
     except EOFError:
         raise AssertionError(f"rank {rank} died") from None
     assert not failed, f"rank {rank}:\n{result}"
@@ -57,8 +58,9 @@ def _run(connection: Connection, store: Path, rank: int, size: int, body: Callab
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        connection.send((False, body(rank, *args)))
+        result = False, body(rank, *args)
     except BaseException:  # reported by the test
-        connection.send((True, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
+        result = True, traceback.format_exc()
+    # Pickled here: a Connection by itself would share a tensor's memory, which ends with the rank.
+    connection.send(pickle.dumps(result))
+    dist.destroy_process_group()

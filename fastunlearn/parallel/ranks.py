@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -63,14 +64,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put the root's weights back into shards, which it leaves gathered after a forward pass alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def everyone(model: nn.Module) -> Ranks:
-    """All ranks that hold a part of the model or of its samples."""
+    """All ranks that hold a part of the model or of its samples; it is in its shards afterwards."""
     if isinstance(model, DistributedDataParallel):
         return Ranks.of(model.process_group)
+    reshard(model)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         assert dist.group.WORLD is not None  # there is no mesh without
         return Ranks.of(dist.group.WORLD)
     return ALONE
+
+
+def sharing(model: nn.Module) -> Ranks:
+    """The ranks that have samples of their own: all of DDP and FSDP2; with tensor parallelism alone each has the same.
+
+    Raises ValueError for what is not supported: FSDP2 over a mesh of several dimensions, or beside plain parameters.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return Ranks.of(model.process_group)
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return ALONE
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is not sharded, but others are; call fully_shard on the whole model, too")
+        if parameter.device_mesh.ndim != 1 or not isinstance(parameter.placements[0], Shard):
+            raise ValueError(
+                f"{name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} dimensions; "
+                "FSDP2 is supported on meshes of one dimension"
+            )
+    return everyone(model)
 
 
 def local(tensor: Tensor) -> Tensor:

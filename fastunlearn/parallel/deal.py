@@ -1,0 +1,115 @@
+"""Samples shared out among ranks, so that the results do not depend on how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastunlearn.data import Batch, Batches, count_batches, read, require_batches
+from fastunlearn.parallel.ranks import Ranks, world
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """This rank's share of batches that every rank could read: see :func:`deal`.
+
+    Attributes:
+        batches: all of them, the same on every rank.
+    """
+
+    batches: Batches
+    ranks: Ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), self.ranks.rank, None, self.ranks.size)
+
+    def __len__(self) -> int:
+        return len(range(self.ranks.rank, count_batches(self.batches), self.ranks.size))
+
+    @property
+    def split(self) -> Split:
+        """For training: this rank's part of *every* batch, so that a step sees the samples it would see on one rank."""
+        return Split(self.batches, self.ranks)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Of every batch the samples r, r + size, ...; of a batch with fewer samples than ranks some ranks have none."""
+
+    batches: Batches
+    ranks: Ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        mine = slice(self.ranks.rank, None, self.ranks.size)
+        for raw in self.batches:
+            yield tree_map_only(torch.Tensor, lambda t: t[mine], dict(raw) if isinstance(raw, dict) else raw)
+
+    def __len__(self) -> int:
+        return count_batches(self.batches)
+
+
+def deal(batches: Batches, ranks: Ranks | None = None) -> Dealt:
+    """This rank's share of ``batches``: batch r, r + size, ... whole, of ``size`` ranks.
+
+    ``batches`` are the same on every rank, in the same order (seed a shuffled loader). Whole batches keep Fisher
+    diagonals, and masks made of them, bit for bit the same on any number of ranks; training deals the samples
+    of each batch instead (:attr:`Dealt.split`). ``ranks`` are those of the default process group, or this process
+    alone.
+    """
+    require_batches(batches, "batches")
+    return Dealt(batches, world() if ranks is None else ranks)
+
+
+def together(batches: Batches, name: str, device: torch.device, ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+    """Batches on ``device``, as many times on every rank: with False, a stand-in on a rank that has no more.
+
+    A pass through a sharded model is a collective, so a rank without a batch has to go along; what it computes must not
+    count. A rank that had none at all is sent one sample of another's. Raises as :func:`fastunlearn.data.read`, on
+    all ranks where none has a batch. Cost: one number from each rank a batch.
+    """
+    if ranks.size == 1:
+        yield from ((batch, True) for batch in read(batches, name, device))
+        return
+    require_batches(batches, name)
+    own = (batch for raw in batches if _has_samples(raw) for batch in read([raw], name, device))
+    last: Batch | None = None
+    for step in count():
+        batch = next(own, None)
+        present = ranks.gather(batch is not None)
+        if not any(present):
+            if step == 0:
+                raise ValueError(f"{name} is empty: it yields no batch on any rank")
+            return
+        if step == 0 and not all(present):
+            sent = _broadcast(batch, present.index(True), device, ranks)
+            last = last or sent
+        last = batch or last
+        assert last is not None
+        yield last, batch is not None
+
+
+def _has_samples(raw: Any) -> bool:
+    """A rank's part of a batch smaller than the ranks are many may be empty."""
+    return all(len(leaf) for leaf in tree_leaves(dict(raw) if isinstance(raw, dict) else raw)
+               if isinstance(leaf, torch.Tensor) and leaf.dim())  # fmt: skip
+
+
+def _broadcast(batch: Batch | None, source: int, device: torch.device, ranks: Ranks) -> Batch:
+    one = None if batch is None else _moved(batch[:1], torch.device("cpu"))
+    sent = [one if ranks.rank == source else None]
+    dist.broadcast_object_list(sent, group=ranks.group, group_src=source)
+    received = sent[0]
+    assert received is not None  # the source has one
+    return _moved(received, device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    values = (batch.args, batch.kwargs, batch.targets)
+    args, kwargs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), values)
+    return Batch(args, kwargs, targets, batch.size)
