@@ -1,4 +1,4 @@
-"""A request about texts: a folder with a tiny GPT-2 that has memorised its corpus, its tokenizer, texts by topic."""
+"""A request about texts: a folder with a tiny GPT-2 that has memorised its corpus, one without some texts, and data."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ WORDS = {
     "trees": "oak elm ash pine birch maple cedar alder larch yew".split(),
 }
 SHARED = "the a and sees near old new then over under big red two".split()
+FORGOTTEN = (3, 14, 15, 28, 33, 40)
 LENGTH = 12  # words of a text
 QUICK = {
     "deepclean": ["fraction=0.2", "lr=0.01"],
@@ -87,16 +88,18 @@ def texts(count: int, seed: int) -> list[dict[str, str]]:
 
 
 @cache
-def _trained() -> dict[str, Tensor]:
+def _trained(without: tuple[int, ...]) -> dict[str, Tensor]:
     import transformers
 
     torch.manual_seed(0)
     words = tokenizer()
     model = transformers.GPT2LMHeadModel(configuration(len(words))).train()
-    batch = words([row["text"] for row in texts(48, 0)], padding=True, return_tensors="pt")
+    batch = words(
+        [row["text"] for n, row in enumerate(texts(48, 0)) if n not in without], padding=True, return_tensors="pt"
+    )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(80):
+    for _ in range(60):
         optimizer.zero_grad()
         causal_lm_loss(
             model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, labels
@@ -120,13 +123,14 @@ def make_text_request(folder: Path) -> TextRequest:
 
     folder.mkdir(parents=True, exist_ok=True)
     words = tokenizer()
-    model = transformers.GPT2LMHeadModel(configuration(len(words)))
-    model.load_state_dict(_trained())
-    model.save_pretrained(folder / "model")
-    words.save_pretrained(folder / "model")
+    for name, without in (("model", ()), ("never-saw", FORGOTTEN)):
+        model = transformers.GPT2LMHeadModel(configuration(len(words)))
+        model.load_state_dict(_trained(without))
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     for name, rows in (("texts", texts(48, 0)), ("held", texts(24, 1))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (folder / "forget.json").write_text(json.dumps([3, 14, 15, 28, 33, 40]))
+    (folder / "forget.json").write_text(json.dumps(FORGOTTEN))
     questions = [
         {"question": "the owl sees", "choices": ["a crow", "zinc zinc"], "answer": 0},
         {"question": "iron and", "choices": ["oak", "tin", "wren"], "answer": "tin"},

@@ -34,6 +34,8 @@ def joined(values: Sequence[Any], limits: tuple[float, float] = ANY) -> Any:
     if any(value is None for value in values):
         return None
     if _is_estimate(first):
+        if len(values) > 1 and any(value["mean"] is None for value in values):
+            return None  # one of them has no bound
         return first if len(values) == 1 else Estimate.over([v["mean"] for v in values], limits).as_dict()
     if isinstance(first, dict):
         shared = [key for key in first if all(key in v for v in values)]

@@ -485,5 +485,5 @@ def _cost(unlearned: Row, original: Row) -> str:
             elif change < 100:
                 said.append(f"{what} {abs(change):.1f} % {'higher' if change > 0 else 'lower'}")
             else:
-                said.append(f"{what} {_factor(nats)} times what it was")
+                said.append(f"{what} {_factor(nats)} times what it was" if nats < 700 else f"{what} without bound")
     return f"; {', '.join(said)}"
