@@ -32,7 +32,8 @@ json.dump(info, open(sys.argv[1], "w"), indent=2)
 print(info)
 PY
 
-operators=(tests/test_ops.py tests/test_reset.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py)
+operators=(tests/test_ops.py tests/test_reset.py tests/test_add_rounded.py tests/test_gram.py tests/test_lowrank.py
+  tests/test_codec_ops.py)
 if part test; then
   FASTUNLEARN_TEST_BACKENDS=cuda attempt "$python" -m pytest -q "${operators[@]}" -k "cuda or opcheck" \
     --junitxml="$out/tests.xml"

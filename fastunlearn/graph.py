@@ -17,23 +17,6 @@ from torch.utils.hooks import RemovableHandle
 Key = tuple[Node, int]  # an output of a node: one tensor of the forward pass
 
 
-@dataclass
-class Survey:
-    """What leads to a result.
-
-    Attributes:
-        edges: id of a parameter -> how many nodes use it.
-        reached: the marked tensors that the result depends on.
-        frontier: those of them that depend on no other marked tensor.
-        kinds: how many nodes there are of each kind.
-    """
-
-    edges: Counter[int]
-    reached: set[Key]
-    frontier: set[Key]
-    kinds: Counter[str]
-
-
 class Aliases:
     """FSDP2 lets a module run with gathered parameters, which are others than those it has at rest."""
 
@@ -52,6 +35,25 @@ class Aliases:
         return self._known.get(running, running)
 
 
+@dataclass
+class Survey:
+    """What leads to a result.
+
+    Attributes:
+        edges: id of a parameter -> how many nodes use it.
+        reached: the marked tensors that the result depends on.
+        frontier: those of them that depend on no other marked tensor.
+        kinds: how many nodes there are of each kind.
+        aliases: for other walks over the same graph.
+    """
+
+    edges: Counter[int]
+    reached: set[Key]
+    frontier: set[Key]
+    kinds: Counter[str]
+    aliases: Aliases | None = None
+
+
 def survey(result: Tensor, marked: Container[Key], aliases: Aliases | None = None) -> Survey:
     """One walk over the graph of ``result``, O(nodes); raises ValueError where a node hides uses of parameters."""
     edges: Counter[int] = Counter()
@@ -59,7 +61,7 @@ def survey(result: Tensor, marked: Container[Key], aliases: Aliases | None = Non
     users: dict[Node, list[Node]] = defaultdict(list)
     above: set[Node] = set()  # nodes with a marked tensor further upstream
     if not result.requires_grad:
-        return Survey(edges, reached, set(), Counter())
+        return Survey(edges, reached, set(), Counter(), aliases)
     root = get_gradient_edge(result)
     if (root.node, root.output_nr) in marked:
         reached.add((root.node, root.output_nr))
@@ -88,7 +90,7 @@ def survey(result: Tensor, marked: Container[Key], aliases: Aliases | None = Non
                 above.add(node)
                 waiting.append(node)
     kinds = Counter(type(node).__name__ for node in seen)
-    return Survey(edges, reached, {key for key in reached if key[0] not in above}, kinds)
+    return Survey(edges, reached, {key for key in reached if key[0] not in above}, kinds, aliases)
 
 
 _REENTRANT = (

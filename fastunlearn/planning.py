@@ -115,7 +115,8 @@ class Plan:
 def edges_inside(observed: Observed, module: nn.Module) -> Counter[int]:
     """Uses of parameters between what the module was given and what it returned."""
     uses = set[Edge]().union(*(edges_inside_call(observed, record) for record in observed.records.get(module, [])))
-    return Counter(parameter for _, _, parameter in uses)
+    aliases = observed.survey.aliases
+    return Counter(parameter if aliases is None else aliases[parameter] for _, _, parameter in uses)
 
 
 def edges_inside_call(observed: Observed, record: Record) -> set[Edge]:

@@ -197,6 +197,17 @@ def _embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
     return {"weight": Table(lambda chunk: (x[chunk], g[chunk]), len(g), padding_idx=module.padding_idx)}
 
 
+def _scaled_embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
+    """One that :func:`_embedding_scale` has recognised."""
+    x, g, scale = seen.x, seen.g, _embedding_scale(module)
+    assert scale is not None
+
+    def gather(chunk: slice) -> tuple[Tensor, Tensor]:
+        return x[chunk], g[chunk].to(_wide(g)) * scale
+
+    return {"weight": Table(gather, len(g), g[0].numel() * 4, module.padding_idx)}
+
+
 def _embedding_bag(module: nn.EmbeddingBag, seen: Seen) -> dict[str, Use]:
     """Every index of a bag [N, T] gets the bag's gradient [N, D], times its weight or over the count."""
     given = seen.arguments(nn.EmbeddingBag.forward)
@@ -276,6 +287,8 @@ def rule_of(module: nn.Module) -> Rule | None:
             return rule
     if _is_transposed_linear(module):
         return _transposed_linear
+    if _embedding_scale(module) is not None:
+        return _scaled_embedding
     return _root_mean_square_norm if _rms_eps(module) is not None else None
 
 
@@ -296,13 +309,79 @@ def _rms_eps(module: nn.Module) -> float | None:
     weight = own["_parameters"]["weight"]
     if len(epsilons) != 1 or weight is None or weight.dim() != 1 or not len(weight):
         return None
-    # What fully_shard makes of a class is not to be made by hand; it forwards to the class it was made of.
-    cls = next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
-    known = _is_rms_norm(cls, type(module).forward, len(weight), module.training, tuple(sorted(settings.items())))
+    known = _is_rms_norm(_own_class(module), len(weight), module.training, tuple(sorted(settings.items())))
     return epsilons[0] if known else None
 
 
+def _own_class(module: nn.Module) -> Any:
+    """Without what fully_shard puts before it, which is not to be made by hand and has no forward of its own."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def _stand_in(cls: Any, weight: Tensor, training: bool, settings: tuple[tuple[str, Any], ...]) -> Any:
+    """A module of the class without its ``__init__``: no hooks, these settings, a weight of its own."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.training = training
+    vars(module).update(settings)
+    module.weight = nn.Parameter(weight)
+    return module
+
+
+def _takes_one(cls: Any) -> bool:
+    """Whether the forward of a class takes one argument: no gate, no scale of the call."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())
+    return len(parameters) == 2 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+# What a forward of somebody else's may raise when it is not for what it was given.
+_NO = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 _MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _embedding_scale(module: nn.Module) -> float | None:
+    """The number that an Embedding with a forward of its own multiplies what it looks up by, as Gemma's does; None of
+    anything else. Recognised as RMSNorm is, in the dtype of the table, to which the number may be rounded."""
+    own = vars(module)
+    if not isinstance(module, nn.Embedding) or list(own["_parameters"]) != ["weight"] or own["_modules"]:
+        return None
+    buffers = own["_buffers"]
+    if any(b is None or b.numel() != 1 or b.is_meta for b in buffers.values()):
+        return None
+    settings = {name: value for name, value in own.items() if name not in _MODULE_STATE and _is_plain(value)}
+    scalars = {name: (b.item(), b.dtype) for name, b in buffers.items()}
+    return _scale_of(
+        _own_class(module), module.weight.dtype, len(module.weight), module.training,
+        tuple(sorted(settings.items())), tuple(sorted(scalars.items())),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _scale_of(
+    cls: Any, dtype: torch.dtype, rows: int, training: bool,
+    settings: tuple[tuple[str, Any], ...], buffers: tuple[tuple[str, tuple[Any, torch.dtype]], ...],
+) -> float | None:  # fmt: skip
+    if not _takes_one(cls):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # Powers of two, which multiply without rounding.
+    table = torch.exp2(torch.randint(-3, 4, (rows, 4), generator=generator)).to(dtype)
+    table *= torch.randint(0, 2, table.shape, generator=generator) * 2 - 1
+    ids = torch.randint(0, rows, (3, 5), generator=generator)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        module = _stand_in(cls, table.clone(), training, settings)
+        for name, (value, kind) in buffers:
+            module.register_buffer(name, torch.tensor(value, dtype=kind))
+        try:
+            found = cls.forward(module, ids)
+        except _NO:
+            return None
+        if not isinstance(found, Tensor) or found.shape != (*ids.shape, 4):
+            return None
+        scale = (found[0, 0, 0] / table[ids[0, 0], 0]).item()
+        return scale if torch.equal(found, (table[ids] * scale).to(found.dtype)) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -313,16 +392,9 @@ def _is_plain(value: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _is_rms_norm(
-    cls: Any, forward: Callable[..., Any], size: int, training: bool, settings: tuple[tuple[str, Any], ...]
-) -> bool:
-    parameters = list(inspect.signature(forward).parameters.values())
-    if len(parameters) != 2 or parameters[1].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        return False  # a gate or a scale, too
-    module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    module.training = training
-    vars(module).update(settings)
+def _is_rms_norm(cls: Any, size: int, training: bool, settings: tuple[tuple[str, Any], ...]) -> bool:
+    if not _takes_one(cls):
+        return False
     eps: float = next(value for name, value in settings if "eps" in name and isinstance(value, float))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.random.fork_rng(devices=()):
@@ -330,10 +402,9 @@ def _is_rms_norm(
             weight, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((size,), shape))
             # Of a mean beside zero, and as small as epsilon is felt, ordinary, and large.
             x = (x + 0.5) * torch.tensor([max(eps, 1e-12) ** 0.5, 1.0, 100.0], dtype=torch.float64)[:, None]
-            module.weight = nn.Parameter(weight)
             try:
-                found = forward(module, x.clone())
-            except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                found = cls.forward(_stand_in(cls, weight, training, settings), x.clone())
+            except _NO:
                 return False
             if not isinstance(found, Tensor) or found.shape != x.shape:
                 return False

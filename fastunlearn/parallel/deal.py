@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -77,25 +77,44 @@ def together(batches: Batches, name: str, device: torch.device, ranks: Ranks) ->
         yield from ((batch, True) for batch in read(batches, name, device))
         return
     require_batches(batches, name)
-    own = (batch for raw in batches if _has_samples(raw) for batch in read([raw], name, device))
+    own = (_read_one(raw, name, device) for raw in batches)
     last: Batch | None = None
-    for step in count():
-        batch = next(own, None)
-        present = ranks.gather(batch is not None)
-        if not any(present):
-            if step == 0:
+    seen = False
+    while True:
+        batch = next(own, _DONE)
+        states = ranks.numbers(_state(batch, last), device)
+        if all(state & _NO_MORE for state in states):
+            if not seen:
                 raise ValueError(f"{name} is empty: it yields no batch on any rank")
             return
-        if step == 0 and not all(present):
-            sent = _broadcast(batch, present.index(True), device, ranks)
+        present = [bool(state & _HAS_BATCH) for state in states]
+        if not any(present):
+            continue  # a batch of which no rank has a sample
+        seen = True
+        mine = batch if isinstance(batch, Batch) else None
+        if not all(state & (_HAS_BATCH | _HAS_LAST) for state in states):
+            sent = _broadcast(mine, present.index(True), device, ranks)
             last = last or sent
-        last = batch or last
+        last = mine or last
         assert last is not None
-        yield last, batch is not None
+        yield last, mine is not None
+
+
+_DONE = "no more"
+_NO_MORE, _HAS_BATCH, _HAS_LAST = 1, 2, 4
+
+
+def _state(batch: Batch | str | None, last: Batch | None) -> int:
+    state = _NO_MORE if batch is _DONE else 0
+    return state | _HAS_BATCH * isinstance(batch, Batch) | _HAS_LAST * (last is not None)
+
+
+def _read_one(raw: Any, name: str, device: torch.device) -> Batch | None:
+    """None for this rank's part of a batch of fewer samples than there are ranks."""
+    return next(read([raw], name, device)) if _has_samples(raw) else None
 
 
 def _has_samples(raw: Any) -> bool:
-    """A rank's part of a batch smaller than the ranks are many may be empty."""
     return all(len(leaf) for leaf in tree_leaves(dict(raw) if isinstance(raw, dict) else raw)
                if isinstance(leaf, torch.Tensor) and leaf.dim())  # fmt: skip
 

@@ -51,6 +51,15 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def numbers(self, value: int, device: torch.device) -> list[int]:
+        """As :meth:`gather`, of a whole number, which takes one collective on ``device``."""
+        if self.group is None:
+            return [value]
+        found = torch.empty(self.size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(found, torch.tensor([value], device=device), group=self.group)
+        numbers: list[int] = found.tolist()
+        return numbers
+
     def any(self, here: bool) -> bool:
         """Whether it holds on any rank."""
         return any(self.gather(here))
@@ -101,6 +110,17 @@ def sharing(model: nn.Module) -> Ranks:
                 "FSDP2 is supported on meshes of one dimension"
             )
     return everyone(model)
+
+
+def holders(model: nn.Module) -> Ranks:
+    """The ranks that hold different weights; of replicas each holds all of them, and is alone in that."""
+    return ALONE if isinstance(model, DistributedDataParallel) else everyone(model)
+
+
+def counted(parameter: Tensor, holders: Ranks) -> bool:
+    """Whether this rank's part of the parameter counts in a sum over the holders: a shard does, of copies the first."""
+    sharded = isinstance(parameter, DTensor) and any(isinstance(p, Shard) for p in parameter.placements)
+    return sharded or holders.rank == 0
 
 
 def local(tensor: Tensor) -> Tensor:
