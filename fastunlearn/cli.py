@@ -28,7 +28,7 @@ from fastunlearn.parallel import launch
 
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
            "batch_size", "device", "parallel", "dtype", "seed")  # fmt: skip
-MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
+MEASURING = ("reference", "measured", "probes", "questions", "relearn", "bootstrap")
 ONE_METHOD = ("method", "settings", "method_samples", "training")
 WRITING = ("pictures", "out")
 COMMANDS = {

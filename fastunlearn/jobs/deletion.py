@@ -19,10 +19,11 @@ from fastunlearn import ops
 from fastunlearn.checkpoint import SUFFIXES, State, digest, load_weights, save_weights, weights_file
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
 from fastunlearn.files import linked, write_json, write_text
+from fastunlearn.jobs import language
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
 from fastunlearn.jobs.config import Config, ConfigError, Say, read_config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
-from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
+from fastunlearn.jobs.measuring import known_of, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
 from fastunlearn.jobs.task import Part, Task, in_order, kept_on_disk, naming, open_task
 from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
@@ -78,7 +79,9 @@ def unlearn(config: Config, resume: bool, say: Say, ranks: Ranks = ALONE) -> tup
         require_attackable(task)
     if config.shadows or "retrain" in (config.method, config.reference):
         task.require_fresh()
-    space = Workspace(out, task.identity(), resume, ranks)
+    if task.language:
+        language.require_measurable(task)
+    space = Workspace(out, task.identity() | language.identity(task), resume, ranks)
     try:
         run = _Run(task, space, say)
         findings = run.findings()
@@ -127,7 +130,7 @@ class _Run:
             models.append(("retrained", "reference", reference, reference_seconds))
         rows, rocs, probes, distances, confusions = [], {}, {}, {}, {}
         notes: list[str] = []
-        known = Known.of(task, task.model, reference)
+        known = known_of(task, task.model, reference)
         for label, role, model, seconds in models:
             self.say(f"measuring the {role} model")
             found = phase(f"measure-{role}", partial(measure, task, model, reference, known, config.seed))
@@ -148,9 +151,15 @@ class _Run:
         attacks = list(rows[1]["attacks"])
         samples = {n: len(part) for n, part in task.sets.items()} | {"retain": len(task.retain)}
         limits = plain_limits(method=name, reference=reference is not None, attacks=attacks)
+        third = rows[2] if len(rows) > 2 else None
+        said = (
+            language.verdict(rows[1], rows[0], third)
+            if task.language
+            else verdict(rows[1], rows[0], third, len(task.forget))
+        )
         return {
             "title": f"Unlearning {config.forget}",
-            "verdict": verdict(rows[1], rows[0], rows[2] if len(rows) > 2 else None, len(task.forget)),
+            "verdict": said,
             "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                         "data": config.data or config.forget, "model": config.model},
             "models": rows,
@@ -297,8 +306,9 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
     for row, part in zip(keep, parts, strict=True):
         row[part.indices] = True
     start = time.perf_counter()
-    # One model gains nothing by being stacked, and a stopwatch's choice between two roundings is no seed's.
-    mode = cast(Mode, task.config.stack) if len(parts) > 1 else "sequential"
+    # One model gains nothing by being stacked, and a stopwatch's choice between two roundings is no seed's; language
+    # models fill the machine one at a time.
+    mode = cast(Mode, task.config.stack) if len(parts) > 1 and not task.language else "sequential"
     models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), mode, task.device)
     return models, (time.perf_counter() - start) / len(parts), report
 

@@ -22,15 +22,18 @@ from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
 from fastunlearn.inputs.places import blaming
+from fastunlearn.inputs.texts import is_causal_folder, next_tokens, with_own_targets
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, TAKES_VALIDATION, entry
+from fastunlearn.language import is_causal_lm
 from fastunlearn.parallel.checkpoints import sharded_digest
 from fastunlearn.parallel.deal import deal
 from fastunlearn.parallel.launch import local_device, require_same
 from fastunlearn.parallel.placing import place, replicated, without_memory
-from fastunlearn.parallel.ranks import ALONE, Ranks, everyone, local
+from fastunlearn.parallel.ranks import ALONE, Ranks, local, sharing
 from fastunlearn.parallel.stored import Box, Stored, open_stored
 
+SHARDED = ("fsdp", "tp")  # no rank has the model whole
 FORGOTTEN_TEST = "test of forgotten"  # test samples of the classes that are forgotten
 
 
@@ -95,7 +98,7 @@ class Task:
         reference: weights of a model that never saw the forgotten data, if a file was given.
         classes: names of the outputs, as far as the data names them.
         ranks: who works on it, each with the whole of the data.
-        parallel: ``none``, ``ddp`` or ``fsdp``.
+        parallel: how the ranks hold the model: ``none``, ``ddp``, ``fsdp`` or ``tp``.
         architecture: the model's modules, in text.
     """
 
@@ -123,7 +126,19 @@ class Task:
     @property
     def sharded(self) -> bool:
         """Whether no rank has the model whole."""
-        return self.parallel == "fsdp"
+        return self.parallel in SHARDED
+
+    @property
+    def not_relearned(self) -> list[str]:
+        """What the report says where the time to relearn is not measured though it was asked for."""
+        if not (self.sharded and self.config.relearn):
+            return []
+        return ["The time to relearn was not measured: it needs a copy of the model, which no process has whole."]
+
+    @property
+    def language(self) -> bool:
+        """Whether the model is a causal language model."""
+        return is_causal_lm(self.model)
 
     @property
     def sets(self) -> dict[str, Part]:
@@ -212,7 +227,7 @@ class Task:
 
     def dealt(self, batches: Batches, model: nn.Module) -> Batches:
         """This rank's share of the batches, where ``model`` is one that all ranks work on together."""
-        ranks = everyone(model)
+        ranks = sharing(model)
         return batches if ranks.group is None else deal(batches, ranks)
 
     def stored(self) -> State:
@@ -284,8 +299,9 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     names: list[str] | None = None  # of the classes, from the first source that has any: a class is a number once
 
     def opened(name: str, spec: str) -> Samples:
+        own = with_own_targets(spec, options) if is_causal_folder(config.model) else options
         with naming(flag_of(name)):
-            return open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
+            return open_samples(spec, options=own, tokenizer=tokenizer, classes=names)
 
     forget, retain = _forget_and_retain(config, opened)
     names = forget.samples.classes or retain.samples.classes
@@ -298,7 +314,7 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     if weights is None and Path(config.model).is_dir():
         weights = Path(config.model)
     given = "--model" if config.weights is None else "--weights"
-    if parallel == "fsdp":
+    if parallel in SHARDED:
         if weights is None:
             raise ConfigError("weights is missing: a sharded model is loaded shard by shard; give --weights")
         build = partial(make_model, config, len(classes), fresh=True)
@@ -313,12 +329,16 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
             with naming(given):
                 load_into(model, load_weights(weights), str(weights))
         model = model.to(device, _dtype(config)).eval()
+    if is_causal_lm(model):
+        known: dict[int, Samples] = {}
+        forget, retain = _own_targets(forget, known), _own_targets(retain, known)
+        test, validation = (None if part is None else _own_targets(part, known) for part in (test, validation))
     reference: State | None = None
     if config.reference not in (None, "retrain"):
         assert config.reference is not None
         with naming("--reference"):
             reference = load_weights(Path(config.reference))
-            if parallel != "fsdp":
+            if parallel not in SHARDED:
                 load_into(copy.deepcopy(model), reference, config.reference)
     recipe = pick(Recipe, config.training, "training")
     # Another draw than those of the methods, or what is measured would be what they have seen.
@@ -456,6 +476,13 @@ def _renumbered(samples: Samples, classes: list[str]) -> Samples:
     return replace(samples, labels=numbers[samples.labels], classes=classes)
 
 
+def _own_targets(part: Part, known: dict[int, Samples]) -> Part:
+    """The part with every text as its own target; parts of one source stay parts of one."""
+    if id(part.samples) not in known:
+        known[id(part.samples)] = next_tokens(part.samples)
+    return replace(part, samples=known[id(part.samples)])
+
+
 def _whole(name: str, samples: Samples) -> Part:
     return Part(name, samples, torch.arange(len(samples)))
 
@@ -482,10 +509,11 @@ def _try(task: Task) -> None:
             batch = next(read(few.loader(2), name, task.device))
             with blaming(f"--model {task.config.model} can not run on {part.samples.source}: it"):
                 logits = batch.outputs(task.model)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        dims, axes = (3, "texts, tokens, vocabulary") if task.language else (2, "samples, classes")
+        if not isinstance(logits, Tensor) or logits.dim() != dims or not logits.is_floating_point():
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"--model {task.config.model} must return logits [samples, classes], it returns {shape}")
-        if logits.shape[1] < len(task.classes):
+            raise ValueError(f"--model {task.config.model} must return logits [{axes}], it returns {shape}")
+        if not task.language and logits.shape[1] < len(task.classes):
             raise ValueError(
                 f"--model {task.config.model} has {logits.shape[1]} outputs, but {part.samples.source} has "
                 f"{len(task.classes)} classes"
