@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .files import replacing
 
@@ -392,11 +392,12 @@ def _finite(tensor: Tensor) -> Tensor:
 def tied(state: State) -> dict[str, list[str]]:
     """For each name whose tensor has another name as well: the other names.
 
-    Sharded tensors are one when they are one object (``state_dict(keep_vars=True)``): a rank may hold nothing of them.
+    A DTensor, of which a rank may hold nothing, is another's twin when both are one object, which they are in
+    ``state_dict(keep_vars=True)``.
     """
     groups: dict[Any, list[str]] = {}
     for key, value in state.items():
-        if isinstance(value, DTensor):
+        if is_traceable_wrapper_subclass(value):
             groups.setdefault(id(value), []).append(key)
         elif value.numel():
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())

@@ -155,6 +155,7 @@ def fisher_diagonal(
     name: str = "batches",
     sample: Sample = "sequence",
     dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
@@ -170,7 +171,8 @@ def fisher_diagonal(
             default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
             the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
-            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
+            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax; of a
+            causal language model one label per labelled token, each given the text before it.
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
@@ -179,10 +181,12 @@ def fisher_diagonal(
             its gradient is that of its own loss; positions with the label -100 are neither computed nor counted.
         dtype: ``torch.bfloat16`` keeps the sums in half of the memory, each batch's squares rounded at random so that
             the sum is right on average (:func:`fastunlearn.ops.add_rounded_`, drawn from ``seed``).
+        offload: keep the sums in host memory; each layer's squares are copied there while the backward pass goes on.
 
     Returns:
-        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device;
-        of parameters sharded by FSDP2, DTensors sharded alike.
+        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device,
+        or in host memory if ``offload``; of parameters sharded by FSDP2, DTensors sharded alike (local tensors if
+        ``offload``).
 
     On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
     own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
@@ -226,7 +230,7 @@ def fisher_diagonal(
         chosen = {id(p) for p in targets.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        sums = Sums(targets, ranks, dtype, seed)
+        sums = Sums(targets, ranks, dtype, seed, offload)
         work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
         for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
             work.add(batch, counts)

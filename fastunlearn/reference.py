@@ -180,8 +180,9 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`pack_mask`: int32 words -> bool of ``shape``."""
     count = torch.Size(shape).numel()
-    bits = words.to(torch.int64)[:, None] >> torch.arange(32, device=words.device)
-    return (bits & 1).to(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
+    octets = words.contiguous().view(torch.uint8)  # the low one first; a byte a bit at most is held
+    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)
+    return bits.bitwise_and_(1).view(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
 
 
 def normal_matrix(seed: int, rows: int, columns: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from fastunlearn import ops
+from fastunlearn.offload import HostSums
 from fastunlearn.parallel.ranks import Ranks, local
 from fastunlearn.units import zeros_for
 
@@ -78,21 +80,40 @@ class Sums:
         ranks: who share the samples.
         dtype: torch.bfloat16 keeps half of the memory, rounding at random without bias; None for float32 (float64).
         seed: of that rounding.
+        offload: keep the sums in host memory, see :class:`fastunlearn.offload.HostSums`.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], ranks: Ranks, dtype: torch.dtype | None = None, seed: int = 0
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        ranks: Ranks,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        offload: bool = False,
     ) -> None:
         self.parameters, self.ranks, self.dtype, self.seed = dict(parameters), ranks, dtype, seed
         self.pieces = {n: Piece.of(p, ranks) for n, p in parameters.items()} if ranks.size > 1 else {}
         self.sharded = any(isinstance(p, DTensor) for p in parameters.values())
-        self.held = {name: self._zeros(name) for name in parameters}
+        self.bases = dict(
+            zip(parameters, accumulate((p.numel() for p in parameters.values()), initial=0), strict=False)
+        )
+        self.host: HostSums | None = None
+        if offload:
+            like = [(self._held_shape(name), self._held_dtype(name)) for name in parameters]
+            device = next(iter(parameters.values())).device
+            self.host = HostSums(like, device, seed, [self._offset(name) for name in parameters])
+            self.held = dict(zip(parameters, self.host.sums, strict=True))
+        else:
+            self.held = {
+                name: torch.zeros(self._held_shape(name), dtype=self._held_dtype(name), device=p.device)
+                for name, p in parameters.items()
+            }
         self.added = dict.fromkeys(parameters, 0)  # how often, by this rank
         self.waiting: dict[str, Tensor] = {}
 
     def region(self, name: str) -> Tensor:
         """Contiguous, shaped like the parameter, float32 (float64 for float64 parameters): add a batch's squares."""
-        if not self.pieces and self.dtype is None:
+        if not self.pieces and self.dtype is None and self.host is None:
             return self.held[name]
         return zeros_for(local(self.parameters[name])) if not self.pieces else self._scratch(name)
 
@@ -130,6 +151,8 @@ class Sums:
 
     def mean(self, samples: int) -> dict[str, Tensor]:
         """The sums over ``samples``, which end here: shards as DTensors like the parameter, replicas whole again."""
+        if self.host is not None:
+            self.host.wait()
         found = {}
         for name in self.parameters:
             value = self.held.pop(name).div_(samples)
@@ -140,11 +163,11 @@ class Sums:
         parameter, piece = self.parameters[name], self.pieces[name]
         return torch.zeros(piece.shape, dtype=zeros_dtype(parameter), device=parameter.device)
 
-    def _zeros(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        held = self.pieces[name].held if self.pieces else local(parameter).shape
-        dtype = zeros_dtype(parameter) if self.dtype is None else self.dtype
-        return torch.zeros(held, dtype=dtype, device=parameter.device)
+    def _held_shape(self, name: str) -> torch.Size:
+        return self.pieces[name].held if self.pieces else local(self.parameters[name]).shape
+
+    def _held_dtype(self, name: str) -> torch.dtype:
+        return zeros_dtype(self.parameters[name]) if self.dtype is None else self.dtype
 
     def _exchange(self, names: list[str]) -> None:
         """All ranks to all: each is sent its runs, and adds what it receives in the order of the senders."""
@@ -170,6 +193,9 @@ class Sums:
 
     def _add(self, name: str, squares: Tensor, source: int) -> None:
         held = self.held[name]
+        if self.host is not None:
+            self.host.add_(list(self.parameters).index(name), squares.contiguous())
+            return
         if self.dtype is None:
             held += squares
             return
@@ -179,31 +205,27 @@ class Sums:
         ops.add_rounded_([held], [squares.contiguous()], self.seed, step, [self._offset(name)])
 
     def _offset(self, name: str) -> int:
-        """Where this rank's run begins in the parameter: random bits belong to a weight, not to a rank."""
-        return sum(self.pieces[name].sizes[: self.ranks.rank]) if self.pieces else 0
+        """Where this rank's run begins among all weights: random bits belong to a weight, not to a rank."""
+        return self.bases[name] + (sum(self.pieces[name].sizes[: self.ranks.rank]) if self.pieces else 0)
 
     def _whole(self, name: str, value: Tensor) -> Tensor:
         parameter = self.parameters[name]
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and self.host is None:
             return DTensor.from_local(
                 value, parameter.device_mesh, parameter.placements, run_check=False,
                 shape=parameter.shape, stride=parameter.stride(),
             )  # fmt: skip
-        if not self.pieces:
+        if not self.pieces or self.sharded:
             return value
         runs = [value.new_empty(size) for size in self.pieces[name].sizes]
         runs[self.ranks.rank] = value
         for source, run in enumerate(runs):
-            dist.broadcast(run, group=self.ranks.group, group_src=source)
+            sent = run.to(parameter.device)  # where the group's collectives are
+            dist.broadcast(sent, group=self.ranks.group, group_src=source)
+            runs[source] = sent.to(run.device)
         return torch.cat(runs).view(parameter.shape)
 
 
 def zeros_dtype(parameter: Tensor) -> torch.dtype:
     """What squares of a parameter's gradients are added up in."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def names_of(parameters: Iterable[str]) -> str:
-    """For a message."""
-    shown = list(parameters)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

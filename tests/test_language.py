@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastunlearn import language
 from fastunlearn.data import read
 from fastunlearn.language import causal_lm_loss, causal_lm_loss_by_position, is_causal_lm, loss_for, predictions
+from fastunlearn.rules import rule_of
 
 
 def drawn(
@@ -238,6 +242,31 @@ def test_the_loss_of_the_caller_is_kept() -> None:
         return outputs.sum(1)
 
     assert loss_for(TinyForCausalLM(2, 2), own) is own
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(6)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class NormedForCausalLM(nn.Sequential):
+    pass
+
+
+def sharded(rank: int) -> tuple[bool, bool, bool]:
+    model = NormedForCausalLM(nn.Linear(6, 6), RootMeanSquare(), RootMeanSquare())
+    fully_shard(model[1])  # by itself
+    fully_shard(model)
+    known = all(rule_of(norm) is not None for norm in (model[1], model[2]))
+    return all(isinstance(p, DTensor) for p in model.parameters()), known, is_causal_lm(model)
+
+
+def test_sharded_models_and_their_norms_are_known_without_gathering_a_weight() -> None:
+    assert on_ranks(2, sharded) == [(True, True, True)] * 2
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from fastunlearn.data import Batches, LossFunction, read
 from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
 from fastunlearn.methods.training import descend
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.ranks import unwrapped
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Retrain:
         epochs: passes over ``retain``.
         lr: peak of the one-cycle learning rate.
         weight_decay: of AdamW.
-        build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module.
+        build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module, and
+            for Hugging Face's models one more of their class and config, a copy in memory for as long as it is made.
         loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seed: of the initialisation and of whatever the model draws while training.
         progress: show a progress bar.
@@ -56,7 +60,7 @@ class Retrain:
             if self.build is not None:
                 model.load_state_dict(self.build().state_dict())
             else:
-                initialise(model)
+                _begin_anew(unwrapped(model))
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
@@ -136,6 +140,14 @@ class GradientAscent:
         outcome = Outcome("GradientAscent", _settings(self))
         _step_over(outcome, model, forget, "forget", self.epochs, self.lr, 0.0, self.loss_fn, -1.0, self.progress)
         return outcome
+
+
+def _begin_anew(model: Any) -> None:
+    """Hugging Face's models are initialised as a whole, by their config; all others module by module."""
+    if any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        model.load_state_dict(type(model)(deepcopy(model.config)).state_dict())
+    else:
+        initialise(model)
 
 
 def initialise(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ class Importances:
         if self.holders.size == 1:
             return torch.stack([v.mean(dtype=torch.float64) for v in values])
         sums = torch.stack([v.sum(dtype=torch.float64) for v in self._counted(values)])
-        self.holders.sum_(sums)
+        self._add_up(sums)
         sizes = [max(1, p.numel()) for p in self.parameters.values()]
         return sums / torch.tensor(sizes, dtype=torch.float64, device=sums.device)
 
@@ -51,25 +51,31 @@ class Importances:
     def select_gamma(self, fraction: float, floors: Tensor, per_tensor: bool) -> Tensor:
         """:func:`ops.select_gamma` over the weights of all holders: tables of counts are added up, nothing else."""
         forget, retain = self._counted(self.forget), self._counted(self.retain)
-        return ops.select_gamma(forget, retain, fraction, floors, per_tensor, self.holders.sum_)
+        return ops.select_gamma(forget, retain, fraction, floors, per_tensor, self._add_up)
 
     def histogram(self, floors: Tensor | float = 0.0, per_tensor: bool = False) -> Tensor:
         """:func:`ops.ratio_histogram` over the weights of all holders."""
         counts = ops.ratio_histogram(self._counted(self.forget), self._counted(self.retain), floors, per_tensor)
         counts = counts.contiguous()
-        self.holders.sum_(counts)
+        self._add_up(counts)
         return counts
 
     def total(self, counts: Tensor) -> Tensor:
         """Counts per tensor, int64 [tensors], of this rank's parts: added up over the holders."""
         here = [counted(p, self.holders) for p in self.parameters.values()]
         total = counts * torch.tensor(here, device=counts.device)
-        self.holders.sum_(total)
+        self._add_up(total)
         return total
 
     def live(self) -> int:
         """Weights with any importance at all."""
         return int(self.histogram().sum())
+
+    def _add_up(self, table: Tensor) -> None:
+        """Over the holders, whose collectives are on the device of the weights, where the importances may not be."""
+        sent = table.to(next(iter(self.parameters.values())).device)
+        self.holders.sum_(sent)
+        table.copy_(sent)
 
     def _counted(self, values: list[Tensor]) -> list[Tensor]:
         """Empty where another rank's copy is the one that counts."""
@@ -119,6 +125,7 @@ def measure(
     progress: bool,
     samples: int | None,
     dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> Importances:
     """Both Fisher passes, timed as phases ``fisher_forget`` and ``fisher_retain``; errors as of fisher_diagonal.
 
@@ -129,7 +136,7 @@ def measure(
     for name, batches in (("forget", forget), ("retain", first_samples(retain, samples, sharing(model)))):
         with outcome.phase(f"fisher_{name}"):
             fisher = fisher_diagonal(
-                model, batches, loss_fn, kind, list(parameters), seed, progress, name, dtype=dtype
+                model, batches, loss_fn, kind, list(parameters), seed, progress, name, dtype=dtype, offload=offload
             )  # fmt: skip
         found.append([local(fisher[parameter]) for parameter in parameters])
     return Importances(parameters, found[0], found[1], holders(model))

@@ -1,7 +1,8 @@
 """Checkpoints of models that several ranks hold together, read and written without ever gathering the model.
 
 Every function is called by all ranks of the model together; a plain model on one process works the same way. Each rank
-reads and writes the parts that it holds, so that no process needs memory for more than a tensor beside its share.
+reads and writes the parts that it holds, tensor by tensor: beside the model a process needs memory for a few copies
+of its part of the largest tensor.
 All ranks must see the same file system. Of what several ranks hold alike one writes; of buffers, which
 DistributedDataParallel lets drift apart, those of the first rank count.
 """
@@ -299,13 +300,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 def _box(tensor: Tensor) -> Box | None:
     """Which part of a tensor this rank holds; None for nothing."""
     if not isinstance(tensor, DTensor):
-        box = Box.whole(tensor.shape)
-    elif tensor.device_mesh.get_coordinate() is None:
+        return Box.whole(tensor.shape) if tensor.numel() else None
+    if tensor.device_mesh.get_coordinate() is None or not local(tensor).numel():
         return None
-    else:
-        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-    return box if box.numel else None
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def _pieces(state: State, ranks: Ranks, spread: bool) -> dict[str, list[tuple[int, Box]]]:
@@ -401,7 +400,10 @@ def _wire(ranks: Ranks) -> torch.device:
 
 
 def _together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What ``work`` returns here; raises on every rank what it raised on the first that it failed on."""
+    """What ``work`` returns here; raises on every rank what it raised on the first that it failed on.
+
+    Of errors in what the user gave: any other ends this process, and with it the job.
+    """
     if ranks.group is None:
         return work()
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,22 +111,28 @@ def open_stored(path: str | Path) -> dict[str, Stored]:
 def _open_file(file: Path) -> dict[str, Stored]:
     if file.suffix != ".safetensors":
         return {key: Stored(t.dtype, tuple(t.shape), _reader(t)) for key, t in load_weights(file, mmap=True).items()}
-    from safetensors import SafetensorError, safe_open
-
     types = {name: dtype for dtype, name in DTYPES.items()}
     stored = {}
-    try:
-        with safe_open(file, framework="pt") as content:
-            for key in content.keys():
-                found = content.get_slice(key)
-                if found.get_dtype() not in types:
-                    raise ValueError(f"{file}: {key} is {found.get_dtype()}, which torch has no type for")
-                stored[key] = Stored(types[found.get_dtype()], tuple(found.get_shape()), _slice_reader(file, key))
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file, or only part of one ({first_line(error)})") from error
+    with _safetensors(file) as content:
+        for key in content.keys():
+            found = content.get_slice(key)
+            if found.get_dtype() not in types:
+                raise ValueError(f"{file}: {key} is {found.get_dtype()}, which torch has no type for")
+            stored[key] = Stored(types[found.get_dtype()], tuple(found.get_shape()), _slice_reader(file, key))
     if not stored:
         raise ValueError(f"{file}: an empty dictionary, without weights")
     return stored
+
+
+@contextmanager
+def _safetensors(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            yield content
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file, or only part of one ({first_line(error)})") from error
 
 
 def _reader(tensor: Tensor) -> Callable[[Box], Tensor]:
@@ -133,11 +140,9 @@ def _reader(tensor: Tensor) -> Callable[[Box], Tensor]:
 
 
 def _slice_reader(file: Path, key: str) -> Callable[[Box], Tensor]:
-    from safetensors import safe_open
-
     def read(box: Box) -> Tensor:
         # Opened anew each time: the pages that were read stay mapped, and count as memory, as long as the file is.
-        with safe_open(file, framework="pt") as content:
+        with _safetensors(file) as content:
             found: Tensor = content.get_slice(key)[box.slices()]
         return found
 
