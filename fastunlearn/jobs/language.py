@@ -53,7 +53,8 @@ class KnownTexts:
     """What is the same for all models of a run.
 
     Attributes:
-        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at.
+        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at; infinite where nothing
+            is relearnt.
         reference: of each set, the reference's log-probabilities of the tokens; None without a reference.
         prompt: tokens of a text that it is continued from; None where texts begin with what is not labelled (chats).
         questions: to be asked; None where no file is named.
@@ -68,7 +69,9 @@ class KnownTexts:
     def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> KnownTexts:
         """Cost: a pass over the forgotten texts, and one over every set through the reference."""
         theirs = None if reference is None else _all_log_probs(task, reference)
-        goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
+        goal = math.inf
+        if not task.sharded and task.config.relearn:
+            goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
         return cls(goal, theirs, _prompt(task), read_questions(task))
 
 
@@ -166,6 +169,8 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
             f"{len(known.questions):,} questions were asked, of which guessing gets {asked.chance:.3g} % right."
         )
     found["relearn"] = _relearn(task, model, known.goal, seed)
+    if task.sharded and config.relearn:
+        notes.append("The time to relearn was not measured: no process has the sharded model whole.")
     return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
 
 
@@ -253,7 +258,8 @@ def _question(line: str, where: str, tokenizer: Any) -> Question:
 
 
 def _all_log_probs(task: Task, model: nn.Module) -> dict[str, TokenLogProbs]:
-    return {n: token_log_probs(model, part.loader(task.config.batch_size), n) for n, part in task.sets.items()}
+    size = task.config.batch_size
+    return {n: token_log_probs(model, task.dealt(part.loader(size), model), n) for n, part in task.sets.items()}
 
 
 def _factor_over(ours: TokenLogProbs, theirs: TokenLogProbs, name: str, resamples: int, seed: int) -> Estimate:
@@ -308,7 +314,7 @@ def _extractions(
         if not any(_goes_on(batch["labels"], prompt or 1) for batch in loader):
             notes.append(f"No text of {name} is longer than that, so none was continued.")
             continue
-        told = extraction(model, loader, prompt, name, task.config.bootstrap, seed).shares
+        told = extraction(model, task.dealt(loader, model), prompt, name, task.config.bootstrap, seed).shares
         found[name] = {what: told[what].as_dict() for what in ("overlap", "rouge_l", "exact")}
         if len(few) < len(part):
             notes.append(f"Of the {len(part):,} texts of {name} {len(few):,}, drawn at random, were continued.")
@@ -321,7 +327,7 @@ def _goes_on(labels: Tensor, prompt: int) -> bool:
 
 def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
     """Steps until the mean loss of the forgotten texts is the original's again, but for 0.05 nats; None if never."""
-    if not task.config.relearn or not math.isfinite(goal):
+    if not math.isfinite(goal):
         return None
     forget = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
     return relearn_time(

@@ -114,7 +114,9 @@ def measure(
     found["tow"] = metrics.tow
     found |= attacks(task, {name: signals_of(logits, task.sets[name].labels) for name, logits in ours.items()}, seed)
     found["confusion"] = _confusion(task, judge, [stacked[name] for name in stacked if name.startswith("test")])
-    found["relearn"] = _relearn(task, model, known.goal, seed)
+    found["relearn"] = None if task.sharded else _relearn(task, model, known.goal, seed)
+    if task.sharded and task.config.relearn:
+        found["notes"].append("The time to relearn was not measured: no process has the sharded model whole.")
     found["probes"] = found["activation_distance"] = None
     if (drawn := len(task.measured)) < (there := len(task.retain)):
         found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
