@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from fastunlearn.checkpoint import digest, load_into, load_weights
+from fastunlearn.checkpoint import digest
 from fastunlearn.inputs import build_model
 from fastunlearn.parallel.checkpoints import sharded_digest
-from fastunlearn.parallel.placing import blocks, place, without_memory
-from fastunlearn.parallel.ranks import ALONE, local, unwrapped, world
+from fastunlearn.parallel.placing import place
+from fastunlearn.parallel.ranks import local, unwrapped, world
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -53,7 +53,8 @@ class KnownTexts:
     """What is the same for all models of a run.
 
     Attributes:
-        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at.
+        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at; infinite where nothing
+            is relearnt.
         reference: of each set, the reference's log-probabilities of the tokens; None without a reference.
         prompt: tokens of a text that it is continued from; None where texts begin with what is not labelled (chats).
         questions: to be asked; None where no file is named.
@@ -68,7 +69,9 @@ class KnownTexts:
     def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> KnownTexts:
         """Cost: a pass over the forgotten texts, and one over every set through the reference."""
         theirs = None if reference is None else _all_log_probs(task, reference)
-        goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
+        goal = math.inf
+        if not task.sharded and task.config.relearn:
+            goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
         return cls(goal, theirs, _prompt(task), read_questions(task))
 
 
@@ -167,6 +170,8 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
             f"{len(known.questions):,} questions were asked, of which guessing gets {asked.chance:.3g} % right."
         )
     found["relearn"] = _relearn(task, model, known.goal, seed)
+    if task.sharded and config.relearn:
+        notes.append("The time to relearn was not measured: no process has the sharded model whole.")
     return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
 
 
