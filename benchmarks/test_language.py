@@ -1,7 +1,7 @@
 """The Fisher diagonal of a language model in bfloat16 beside plain training passes over the same sequences.
 
-Weights are random; on a GPU with 75 GB or more the shape is that of Llama 3 8B, on a smaller one that of Llama 3.2 1B, on
-a CPU a small one.
+Weights are random; on a GPU with 75 GB or more the shape is that of Llama 3 8B, on a smaller one that of Llama 3.2 1B,
+on a CPU a small one.
 """
 
 from __future__ import annotations
