@@ -19,6 +19,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from ranks import on_ranks
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from texts import FORGOTTEN, LENGTH, TextRequest, configuration, make_text_request, texts, tokenizer
@@ -39,6 +40,7 @@ from fastunlearn.jobs.config import Config
 from fastunlearn.jobs.findings import joined, model_row
 from fastunlearn.jobs.planning import plan
 from fastunlearn.jobs.task import open_task
+from fastunlearn.parallel.ranks import ALONE, world
 from fastunlearn.report.log import verify
 from fastunlearn.report.record import schema
 
@@ -371,6 +373,20 @@ def test_a_plan_of_an_exact_fisher_counts_every_token_at_every_position(request_
     assert step.backward == (6 + 2) * len(tokenizer()) * (3 - 1)
 
 
+def measured(rank: int, config: dict[str, Any]) -> dict[str, Any]:
+    task = open_task(Config(**config), world() if rank >= 0 else ALONE)
+    return language.measure(task, task.model, language.KnownTexts.of(task, task.model, None), 0)
+
+
+def test_a_sharded_model_is_measured_by_its_ranks_as_by_one(request_files: TextRequest) -> None:
+    questions = request_files.path("questions.jsonl")
+    config = config_of(request_files, questions=questions, batch_size=7, relearn=0, parallel="fsdp").as_dict()
+    alone = measured(-1, config)
+    for found in on_ranks(2, measured, config):
+        for name in ("loss", "accuracy", "perplexity", "extraction", "attacks", "roc", "questions"):
+            assert found[name] == alone[name], name
+
+
 @pytest.mark.parametrize("killed_at", [6, 11])
 def test_a_killed_run_goes_on_to_the_same_weights(cleaned: Result, killed_at: int) -> None:
     """Killed at that rename, in a process of its own; what is finished by then is not done again."""
@@ -593,4 +609,6 @@ def test_relearning_aims_at_the_originals_mean_loss_of_a_text(request_files: Tex
         reduction="none",
     ).view(6, -1)
     per_text = loss.sum(1) / (tokens["labels"][:, 1:] != -100).sum(1)
-    assert language.KnownTexts.of(task, task.model, None).goal == pytest.approx(float(per_text.detach().mean()), rel=1e-5)
+    assert language.KnownTexts.of(task, task.model, None).goal == pytest.approx(
+        float(per_text.detach().mean()), rel=1e-5
+    )

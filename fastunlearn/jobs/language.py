@@ -53,7 +53,8 @@ class KnownTexts:
     """What is the same for all models of a run.
 
     Attributes:
-        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at.
+        goal: the original's mean loss on the forgotten texts, in nats, which relearning aims at; infinite where nothing
+            is relearnt.
         reference: of each set, the reference's log-probabilities of the tokens; None without a reference.
         prompt: tokens of a text that it is continued from; None where texts begin with what is not labelled (chats).
         questions: to be asked; None where no file is named.
@@ -68,7 +69,9 @@ class KnownTexts:
     def of(cls, task: Task, original: nn.Module, reference: nn.Module | None) -> KnownTexts:
         """Cost: a pass over the forgotten texts, and one over every set through the reference."""
         theirs = None if reference is None else _all_log_probs(task, reference)
-        goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
+        goal = math.inf
+        if not task.sharded and task.config.relearn:
+            goal = evaluate(original, forget=task.forget.loader(task.config.batch_size)).loss["forget"]
         return cls(goal, theirs, _prompt(task), read_questions(task))
 
 
@@ -323,7 +326,7 @@ def _goes_on(labels: Tensor, prompt: int) -> bool:
 
 def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
     """Steps until the mean loss of the forgotten texts is the original's again, but for 0.05 nats; None if never."""
-    if not task.config.relearn or task.sharded or not math.isfinite(goal):
+    if not math.isfinite(goal):
         return None
     forget = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
     return relearn_time(
