@@ -170,8 +170,6 @@ def measure(task: Task, model: nn.Module, known: KnownTexts, seed: int) -> dict[
             f"{len(known.questions):,} questions were asked, of which guessing gets {asked.chance:.3g} % right."
         )
     found["relearn"] = _relearn(task, model, known.goal, seed)
-    if task.sharded and config.relearn:
-        notes.append("The time to relearn was not measured: no process has the sharded model whole.")
     return found | {"confusion": None, "probes": None, "activation_distance": None, "notes": notes}
 
 

@@ -54,9 +54,9 @@ class Ranks:
         """As :meth:`gather`, of a whole number, which takes one collective on ``device``."""
         if self.group is None:
             return [value]
-        found = torch.empty(self.size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(found, torch.tensor([value], device=device), group=self.group)
-        numbers: list[int] = found.tolist()
+        found = torch.empty(self.size, 1, dtype=torch.int64, device=device)
+        dist.all_gather(list(found), torch.tensor([value], device=device), group=self.group)
+        numbers: list[int] = found.flatten().tolist()
         return numbers
 
     def any(self, here: bool) -> bool:
