@@ -122,6 +122,7 @@ def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | Non
 
     Yields (name, tensor, copy) for each parameter, shared ones once, so that a method can count what it changed.
     """
+    reshard(model)  # the weights at rest are meant
     chosen = None if parameters is None else {id(p) for p in parameters}
     named = [(name, p) for name, p in unwrapped(model).named_parameters() if chosen is None or id(p) in chosen]
     copies = [(name, p, p.detach().clone()) for name, p in named]
@@ -168,8 +169,8 @@ def require_separable(model: nn.Module) -> None:
 
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds NaN or Inf."""
+    ranks = everyone(model)  # first: a gathered weight's memory goes when it is put back into shards
     named = [(name, local(p)) for name, p in unwrapped(model).named_parameters()]
-    ranks = everyone(model)
     # NaN and Inf never leave a sum, which is read once and waited for once; a sum may also overflow by itself.
     sums = [p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None) for _, p in named]
     total = torch.stack([s.detach().abs().to(torch.float64) for s in sums]).sum()

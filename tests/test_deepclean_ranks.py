@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastunlearn as fu
 from fastunlearn import ops
-from fastunlearn.methods.baselines import FineTune, GradientAscent
+from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
 from fastunlearn.parallel.deal import deal
 from fastunlearn.parallel.ranks import unwrapped
 
@@ -183,3 +183,69 @@ def test_passes_reset_what_one_pass_resets(passes: int) -> None:
 def test_passes_need_a_gamma_of_their_own() -> None:
     with pytest.raises(ValueError, match="give gamma, or per_layer"):
         fu.DeepClean(fraction=0.1, passes=2)
+
+
+def scheduled_on_rank(rank: int, how: str) -> Any:
+    """Dealt batches, then a rank with one batch of its own beside another with four."""
+    dealt = scheduled(place(mlp(), how), deal)
+    own = scheduled(place(mlp(), how), lambda batches: batches[:1] if rank == 0 else batches[1:])
+    return dealt, own
+
+
+def scheduled(model: nn.Module, spread: Any) -> dict[str, Tensor]:
+    forget, retain = sets("mlp", spread)
+    fu.DeepClean(fraction=0.3, finetune_epochs=3, lr=0.05, cosine=True).unlearn(model, forget, retain)
+    return {n: whole(p.detach()).clone() for n, p in unwrapped(model).named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_learning_rates_fall_alike_on_all_ranks(how: str) -> None:
+    """Over the steps that are taken, which are more than the batches of one rank."""
+    alone = scheduled(mlp(), list)
+    (dealt, own), (_, others) = on_ranks(2, scheduled_on_rank, how)
+    for key, value in alone.items():
+        torch.testing.assert_close(dealt[key], value, rtol=2e-4, atol=2e-6)
+        assert torch.equal(own[key], others[key])
+
+
+def retrained_on_rank(rank: int, how: str) -> Any:
+    model = place(mlp(), how)
+    if how == "fsdp":
+        with pytest.raises(ValueError, match="pass build="):
+            retrained(model, deal, None)
+    return retrained(model, deal, lambda: place(mlp(), how))
+
+
+def retrained(model: nn.Module, spread: Any, build: Any) -> dict[str, Tensor]:
+    Retrain(epochs=2, build=build).unlearn(model, None, spread(batches_for("mlp", RETAIN)))
+    return {n: whole(p.detach()).clone() for n, p in unwrapped(model).named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_retraining_takes_the_steps_of_one_process(how: str) -> None:
+    alone = retrained(mlp(), list, mlp)
+    for weights in on_ranks(2, retrained_on_rank, how):
+        for key, value in alone.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+class Spare(nn.Module):
+    """Half of its weights are never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.spare = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.used(x)
+        return found
+
+
+def spare_on_rank(rank: int) -> Any:
+    model = nn.parallel.DistributedDataParallel(Spare(), find_unused_parameters=True)
+    return FineTune(epochs=2).unlearn(model, None, deal(batches_for("mlp", RETAIN))).changed
+
+
+def test_replicas_may_leave_weights_unused_if_their_engine_was_told() -> None:
+    assert on_ranks(2, spare_on_rank) == [{"used.weight": 15, "used.bias": 3}] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fastunlearn as fu
+from fastunlearn import sums
+from fastunlearn.fisher import fisher_plan
 from fastunlearn.parallel.deal import deal
 
 
@@ -221,3 +224,142 @@ def poisoned_on_rank(rank: int) -> str:
 
 def test_nan_in_one_shard_is_found_by_all_ranks() -> None:
     assert on_ranks(2, poisoned_on_rank) == ["parameter 0.weight holds NaN or Inf; unlearning would only spread it"] * 2
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_rank_that_stands_in_adds_nothing_however_often_the_squares_are_exchanged(how: str) -> None:
+    """Buckets of one parameter, sent while the backward pass goes on, and a backward pass for each of three labels."""
+    sizes = [4, 3, 1]
+    exact = fu.fisher_diagonal(mlp(), batches_for("mlp", sizes), kind="exact")
+    alone = fu.fisher_diagonal(mlp(), batches_for("mlp", sizes))
+    for (first, second), samples in on_ranks(2, small_buckets_on_rank, how, sizes):
+        assert samples == [8, 8]
+        for key, value in alone.items():
+            assert torch.equal(first[key], value), key
+            torch.testing.assert_close(second[key], exact[key], rtol=1e-6, atol=0)
+
+
+def small_buckets_on_rank(rank: int, how: str, sizes: list[int]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "BUCKET_BYTES", 0)
+        found = [fisher_on_rank(rank, "mlp", how, sizes, {"kind": kind}) for kind in ("empirical", "exact")]
+    return [values for values, _ in found], [samples for _, samples in found]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_drawn_labels_do_not_depend_on_the_number_of_ranks(how: str) -> None:
+    """Of a GPT-2, whose first batch is tried with two plans; on each rank that is another batch."""
+    alone = fu.fisher_diagonal(gpt2(), batches_for("gpt2", [3, 2, 1]), kind="monte_carlo")
+    for values, _ in on_ranks(2, fisher_on_rank, "gpt2", how, [3, 2, 1], {"kind": "monte_carlo"}):
+        assert all(torch.equal(values[key], value) for key, value in alone.items())
+
+
+def tokens_on_rank(rank: int) -> Any:
+    long, short = batches_for("gpt2", [2, 2])
+    batches = [long, {key: value[:, :4] for key, value in short.items()}]
+    with pytest.raises(ValueError, match="a backward pass for every position") as error:
+        fu.fisher_diagonal(place(gpt2(), "fsdp"), deal(batches), sample="token")
+    found, alone = (fu.fisher_diagonal(m, b, sample="token") for m, b in (
+        (place(gpt2(), "ddp"), deal(batches)), (gpt2(), batches)))  # fmt: skip
+    for key, value in alone.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-9)
+    return found.num_samples == alone.num_samples, str(error.value)
+
+
+def test_replicas_may_have_different_numbers_of_tokens_and_shards_are_refused() -> None:
+    assert all(same for same, _ in on_ranks(2, tokens_on_rank))
+
+
+def ready_on_rank(rank: int) -> Any:
+    """A sharded model that was run without gradients, one that is compiled, and a compiled DDP model."""
+    batches = batches_for("mlp", [4, 3, 1])
+    ran = place(mlp(), "fsdp")
+    with torch.no_grad():
+        ran(batches[0][0])
+    found = {}
+    for name, model in (
+        ("ran", ran),
+        ("compiled", torch.compile(place(mlp(), "fsdp"), backend="eager")),
+        ("compiled ddp", torch.compile(DistributedDataParallel(mlp()), backend="eager")),
+    ):
+        values = fu.fisher_diagonal(model, deal(batches))
+        found[name] = {key.removeprefix("_orig_mod."): whole(value) for key, value in values.items()}
+        assert values.num_samples == 8
+    return found
+
+
+def test_models_that_have_run_or_are_compiled() -> None:
+    alone = fu.fisher_diagonal(mlp(), batches_for("mlp", [4, 3, 1]))
+    for found in on_ranks(2, ready_on_rank):
+        for values in found.values():
+            assert all(torch.equal(values[key], value) for key, value in alone.items())
+
+
+def refused_on_rank(rank: int) -> list[str]:
+    inner = nn.Sequential(DistributedDataParallel(mlp()))
+    half = mlp()
+    fully_shard(half, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["b"])
+    messages = []
+    for model in (inner, half):
+        with pytest.raises(ValueError) as error:
+            fu.fisher_diagonal(model, batches_for("mlp", [2]))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_engines_around_a_part_of_the_model_or_on_some_of_the_ranks_are_refused() -> None:
+    """Rather than taken for a model of one process, each rank with another result."""
+    for inner, half in on_ranks(4, refused_on_rank):
+        assert "0 is in DistributedDataParallel" in inner
+        assert "on a mesh of 2 ranks, but 4 were started" in half
+
+
+class Routed(nn.Module):
+    """The sign of a batch's first number decides which expert it meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.experts[int(x[0, 0] > 0)](x)
+        return found
+
+
+def routed_on_rank(rank: int) -> str:
+    x = torch.ones(2, 5) * (1 - 2 * rank)
+    with pytest.raises(ValueError) as error:
+        fu.fisher_diagonal(fully_shard(Routed()), [(x, torch.zeros(2, dtype=torch.int64))])
+    return str(error.value)
+
+
+def test_shards_that_one_rank_uses_and_another_does_not_are_an_error_on_both() -> None:
+    assert all("used conditionally" in message for message in on_ranks(2, routed_on_rank))
+
+
+def added_on_rank(rank: int, folder: str) -> bool:
+    """Sums of shards, a file of them, and sums of what was read and shards."""
+    model = place(mlp(), "fsdp")
+    first, second = (fu.fisher_diagonal(model, deal(batches_for("mlp", sizes))) for sizes in ([4, 3], [2]))
+    first.save(f"{folder}/fisher.safetensors")
+    dist.barrier()
+    read = fu.FisherDiagonal.load(f"{folder}/fisher.safetensors")
+    assert all(torch.equal(read[key], whole(value)) for key, value in first.items())
+    both = [{key: whole(value) for key, value in pair.items()} for pair in (first + second, read + second)]
+    assert (second + read).num_samples == 9
+    return all(torch.equal(both[0][key], both[1][key]) for key in read)
+
+
+def test_diagonals_of_shards_are_saved_whole_and_added(tmp_path: Path) -> None:
+    assert on_ranks(2, added_on_rank, str(tmp_path)) == [True, True]
+
+
+def plan_on_rank(rank: int, how: str) -> dict[str, str]:
+    return fisher_plan(place(gpt2(), how), deal(batches_for("gpt2", [3])))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_plans_of_several_ranks(how: str) -> None:
+    for plan in on_ranks(2, plan_on_rank, how):
+        assert plan["transformer.h.0.attn.c_attn.weight"] == "kernel, Conv1D"

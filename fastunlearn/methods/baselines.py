@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from fastunlearn.data import Batches, LossFunction, read
+from fastunlearn.data import Batches, LossFunction
 from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
-from fastunlearn.methods.training import descend
+from fastunlearn.methods.training import descend, training_share
 from fastunlearn.outcome import Outcome
-from fastunlearn.parallel.ranks import counted, holders, local, unwrapped
+from fastunlearn.parallel.deal import together
+from fastunlearn.parallel.ranks import counted, holders, local, sharing, unwrapped
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,17 @@ class Retrain:
         Raises ValueError for an empty ``retain`` or a module that can not be initialised anew, before anything
         changes; whatever is raised later, the weights are put back. Cost: ``epochs`` forward and
         backward passes over ``retain``.
+
+        On several ranks every rank calls this with its own share of the samples; of a model in shards ``build`` must
+        return another one sharded alike.
         """
         outcome = Outcome("Retrain", _settings(self))
-        device = device_of(model)
-        steps = sum(1 for _ in read(retain, "retain", device)) * self.epochs
+        device, ranks = device_of(model), sharing(model)
+        if self.build is None and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ValueError(
+                "a sharded model is not initialised anew in place; pass build=, which returns one sharded alike"
+            )
+        steps = sum(1 for _ in together(training_share(retain), "retain", device, ranks)) * self.epochs
         with (
             preserved(model),
             restored_on_error(model) as before,
@@ -58,9 +67,11 @@ class Retrain:
         ):
             torch.manual_seed(self.seed)
             if self.build is not None:
-                model.load_state_dict(self.build().state_dict())
+                unwrapped(model).load_state_dict(unwrapped(self.build()).state_dict())
             else:
                 _begin_anew(unwrapped(model))
+            if ranks.rank:
+                torch.manual_seed(self.seed + ranks.rank)  # so that ranks drop out other units
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)

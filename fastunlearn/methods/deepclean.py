@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction, count_batches, read
+from fastunlearn.data import Batches, LossFunction, read
 from fastunlearn.evaluate import Metrics, evaluate, predict
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
@@ -34,7 +34,7 @@ from fastunlearn.methods.importance import (
     measure,
     protected_names,
 )
-from fastunlearn.methods.training import autocast_to, descend
+from fastunlearn.methods.training import autocast_to, count_steps, descend
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
 from fastunlearn.parallel.ranks import local, sharing, unwrapped
@@ -414,7 +414,7 @@ class DeepClean:
             optimizer = MaskedAdamW(tuned, list(masks.values()), self.lr, weight_decay=self.weight_decay)
         schedule = None
         if self.cosine:
-            steps = self.finetune_epochs * count_batches(retain)
+            steps = self.finetune_epochs * count_steps(model, retain)
             warm = max(1, steps // 20)  # the first steps after a reset are steep
 
             def factor(step: int) -> float:
@@ -436,7 +436,7 @@ class DeepClean:
             return self.patience is not None and len(losses) - 1 - lowest >= self.patience
 
         with preserved(model):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + sharing(model).rank)  # so that ranks drop out other units
             model.train(self.dropout)
             for module in model.modules():
                 if isinstance(module, _NormBase):
