@@ -95,7 +95,7 @@ class Choices:
             raise
 
 
-def _shares(parameters: dict[str, nn.Parameter], passes: int) -> Iterator[dict[str, nn.Parameter]]:
+def shares_of(parameters: dict[str, nn.Parameter], passes: int) -> Iterator[dict[str, nn.Parameter]]:
     """Neighbouring parameters in at most so many shares of about as many weights."""
     total, seen = sum(p.numel() for p in parameters.values()), 0
     shares: dict[int, dict[str, nn.Parameter]] = defaultdict(dict)
@@ -236,7 +236,7 @@ class DeepClean:
         fresh = self._fresh(model, parameters)
         with outcome.measured(device_of(model)):
             chosen = Choices()
-            for share in _shares(parameters, self.passes):
+            for share in shares_of(parameters, self.passes):
                 importances = self._measure(outcome, model, forget, retain, share)
                 with outcome.phase("reset"), torch.no_grad():
                     chosen += self._choose(importances, fresh)
