@@ -199,14 +199,15 @@ class Sums:
         for name in names:
             self.waiting.pop(name, None)
         runs = [torch.split(run, self.pieces[name].sizes) for name, run in flat]
-        sent = torch.cat([run[to] for to in range(size) for run in runs])
+        # One parameter's runs lie one after the other as they are: the largest ones, alone in a bucket, are not copied.
+        sent = flat[0][1] if len(flat) == 1 else torch.cat([run[to] for to in range(size) for run in runs])
         sizes = [sum(self.pieces[name].sizes[to] for name in names) for to in range(size)]
         del runs, flat
         received = sent.new_empty(sizes[rank] * size)
         dist.all_to_all_single(received, sent, [sizes[rank]] * size, sizes, group=self.ranks.group)
         del sent
         own = [self.pieces[name].sizes[rank] for name in names]
-        for source, run in enumerate(received.view(size, -1)):
+        for source, run in enumerate(received.view(size, sizes[rank])):
             for name, part in zip(names, torch.split(run, own), strict=True):
                 self._add(name, self.pieces[name].shaped(part), source)
         for name in names:
