@@ -91,8 +91,7 @@ def retained(of: dict[str, float]) -> float:
     return (of["sailing"] * of["stars"]) ** 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_the_topic_is_forgotten_and_the_others_stay(tied: bool, dtype: torch.dtype) -> None:
     """At the alphas of a search on other texts that forget most while the rest loses 5 % at most."""
     model = trained(tied).to(dtype)

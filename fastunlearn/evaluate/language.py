@@ -11,7 +11,6 @@ all samples, in the order before they were dealt. With tensor parallelism alone 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from fastunlearn.data import IGNORED, Batch, Batches, require_batches
+from fastunlearn.data import IGNORED, Batch, Batches, forward_parameters, require_batches
 from fastunlearn.evaluate.attacks import FPRS, Attack, attack, share
 from fastunlearn.evaluate.estimate import Estimate
 from fastunlearn.evaluate.roc import BLOCK
@@ -78,15 +77,13 @@ def token_log_probs(model: nn.Module, batches: Batches, name: str = "batches") -
     copies of some positions at a time, never of all.
     """
     ranks, network = sharing(model), unwrapped(model)
-    # Keys and values of every position would be kept for a continuation that is not asked for.
-    uncached = {"use_cache": False} if "use_cache" in _parameters(network) else {}
     parts = []
     with preserved(model), torch.no_grad():
         model.eval()
         for batch, counts in together(batches, name, device_of(model), ranks):
-            outputs = network(*batch.args, **{**uncached, **batch.kwargs})
+            logits = batch.outputs(network)
             if counts:
-                parts.append(_scored(getattr(outputs, "logits", outputs), batch.targets, name))
+                parts.append(_scored(logits, batch.targets, name))
     reshard(network)
     found = dealt_back(ranks, parts)
     columns = (torch.cat([getattr(part, f.name) for part in found]) for f in fields(TokenLogProbs))
@@ -422,12 +419,17 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
     not notice. The model runs in eval mode and is unchanged.
 
     Ranks of a sharded model go on together for the longest of their lengths, so each must call this as often as the
-    others. Raises ValueError for a prompt without a token, unless its length is 0.
+    others. Raises ValueError for a prompt without a token, unless its length is 0, and for more tokens than a model
+    like GPT-2 has positions.
     """
     for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         if length and not len(prompt):
             raise ValueError(f"prompt {number} has no token to continue from")
     network = unwrapped(model)
+    most = getattr(getattr(network, "config", None), "n_positions", None)
+    needed = max((len(prompt) + length - 1 for prompt, length in zip(prompts, lengths, strict=True)), default=0)
+    if most is not None and needed > most:
+        raise ValueError(f"prompt and continuation take {needed} positions, the model has {most}; cut the texts")
     steps = max(sharing(network).gather(max(lengths, default=0)))
     if not steps:
         return [torch.zeros(0, dtype=torch.int64) for _ in prompts]
@@ -436,7 +438,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
     given = [p.to(device).long() if len(p) else torch.zeros(1, dtype=torch.int64, device=device) for p in prompts]
     with preserved(network), torch.no_grad(), eager():
         network.eval()
-        cached = "past_key_values" in _parameters(network)
+        cached = "past_key_values" in forward_parameters(network)
         made = _with_cache(network, given, lengths, steps) if cached else None
         if made is None:
             made = _without_cache(network, given, lengths, steps)
@@ -447,7 +449,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
 
 def _with_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int], steps: int) -> Tensor | None:
     """Tokens [N, steps] from prompts padded on the left; None where the model returns no cache after all."""
-    takes = _parameters(model)
+    takes = forward_parameters(model)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     ids = _padded(prompts, left=True)
     mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - sizes[:, None]).long()
@@ -473,7 +475,7 @@ def _with_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int],
 
 def _without_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int], steps: int) -> Tensor:
     """Tokens [N, steps], 0 from a sequence's length on; each from a pass over everything before it."""
-    masked = {"attention_mask", "kwargs"} & set(_parameters(model))
+    masked = {"attention_mask", "kwargs"} & set(forward_parameters(model))
     device = prompts[0].device
     rows = torch.arange(len(prompts), device=device)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -500,13 +502,6 @@ def _padded(prompts: list[Tensor], left: bool) -> Tensor:
 def _plain(logits: Tensor) -> Tensor:
     """All of the vocabulary, of which tensor parallelism may leave each rank a part."""
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
-
-
-def _parameters(model: nn.Module) -> Mapping[str, Any]:
-    """What the forward pass of the model itself takes, not of torch.compile's or peft's wrapper around it."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)  # peft
-    return inspect.signature((base() if callable(base) else model).forward).parameters
 
 
 def _ends(model: nn.Module) -> Collection[int]:
