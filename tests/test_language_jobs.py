@@ -380,9 +380,10 @@ def measured(rank: int, config: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_sharded_model_is_measured_by_its_ranks_as_by_one(request_files: TextRequest) -> None:
     questions = request_files.path("questions.jsonl")
-    config = config_of(request_files, questions=questions, batch_size=7, relearn=0, parallel="fsdp").as_dict()
+    config = config_of(request_files, questions=questions, batch_size=7, parallel="fsdp").as_dict()
     alone = measured(-1, config)
     for found in on_ranks(2, measured, config):
+        assert len([note for note in found["notes"] if "time to relearn was not measured" in note]) == 1
         for name in ("loss", "accuracy", "perplexity", "extraction", "attacks", "roc", "questions"):
             assert found[name] == alone[name], name
 
@@ -464,7 +465,8 @@ ORIGINAL, NEVER_SAW = row(0.1, 100, 1.0), row(3, 5, 0.5)
     ("unlearned", "word"),
     [
         (row(3.02, 6, 0.52), "Forgotten, as far as these measures see"),
-        (row(3.02, 6, 0.52, retain=9.0), "Forgotten, as far as these measures see"),  # the cost stands beside it
+        (row(3.02, 6, 0.52, retain=1.09), "Forgotten, as far as these measures see"),
+        (row(3.02, 6, 0.52, retain=1.1), "Forgotten, as far as these measures see, but the retained texts suffered"),
         (row(3.02, 60, 0.52), "Partly forgotten"),  # recited
         (row(3.02, 6, 0.7), "Partly forgotten"),  # told by the attack
         (row(2.5, 6, 0.52), "Partly forgotten"),  # better known
@@ -503,6 +505,35 @@ def test_a_perplexity_without_bound_is_said_and_never_forgotten() -> None:
     said = language.verdict(broken, ORIGINAL, NEVER_SAW)
     assert said.startswith("Partly forgotten: after X the perplexity on the forgotten texts is without bound")
     assert joined([broken["perplexity"], ORIGINAL["perplexity"]])["forget"] is None
+
+
+def unbounded(name: str, role: str, *sets: str) -> dict[str, Any]:
+    """A model whose perplexities on ``sets`` have no bound, on others that of the original."""
+    found = {**row(3.0, 0, 0.5), "name": name, "role": role, "seconds": {"mean": 1.0, "runs": 2}}
+    for part in sets:
+        found["loss"][part] = found["perplexity"][part] = None
+    return found
+
+
+def test_a_factor_without_bound_is_beyond_chance() -> None:
+    broken = row(300.0, 0, 0.5)
+    broken["factor"]["forget"] = {"mean": None, "low": 2.0, "high": None, "runs": 1}
+    assert language.verdict(broken, ORIGINAL, NEVER_SAW).startswith("Partly forgotten: ")
+
+
+def test_a_reference_without_bound_tells_nothing_is_forgotten() -> None:
+    wreck = unbounded("retrained", "reference", "forget")
+    for model in (ORIGINAL, unbounded("X", "unlearned", "forget")):
+        assert not language.verdict(model, ORIGINAL, wreck).startswith("Forgotten")
+
+
+def test_a_comparison_of_wrecks_praises_none_of_them() -> None:
+    original = unbounded("original", "original")
+    reference = unbounded("retrained", "reference", "forget")
+    models = [original, unbounded("X", "unlearned", "forget", "retain"), reference]
+    best = language.closest(models)
+    said = language.comparison_verdict(models, best)
+    assert said.startswith("None of 1 methods over 2 seeds comes closer")
 
 
 # What is refused, in one line and before anything is written.

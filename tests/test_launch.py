@@ -216,7 +216,11 @@ def test_who_says_what_at_the_end() -> None:
 def _alone_first(rank: int, path: str) -> list[Any]:
     ranks, found = world(), []
     found.append(first_alone(ranks, lambda: ("of", rank)))
-    for wrong in (lambda: open(path), lambda: torch.zeros(2) @ torch.zeros(3), lambda: device_named("tpu")):
+    wrongs: tuple[Any, ...] = (
+        lambda: open(path), lambda: torch.zeros(2) @ torch.zeros(3), lambda: device_named("tpu"),
+        lambda: b"\xff".decode(),
+    )  # fmt: skip
+    for wrong in wrongs:
         try:
             first_alone(ranks, wrong)
         except (OSError, RuntimeError, ValueError) as error:
@@ -234,7 +238,8 @@ def _alone_first(rank: int, path: str) -> list[Any]:
 def test_what_the_first_rank_finds_is_found_by_all(tmp_path: Path) -> None:
     found = on_ranks(2, _alone_first, str(tmp_path / "nowhere"))
     for rank in range(2):
-        value, missing, shapes, device, differs, inside = found[rank]
+        value, missing, shapes, device, letters, differs, inside = found[rank]
+        assert letters[0] in ("UnicodeDecodeError", "ValueError") and "can't decode byte 0xff" in letters[1]
         assert value == ("of", 0)
         assert missing[0] in ("FileNotFoundError", "OSError") and "nowhere" in missing[1]
         assert shapes[0] == "RuntimeError" and device[0] in ("ConfigError", "ValueError")

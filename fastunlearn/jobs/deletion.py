@@ -25,7 +25,7 @@ from fastunlearn.jobs.config import Config, ConfigError, Say, read_config, write
 from fastunlearn.jobs.findings import model_row, verdict
 from fastunlearn.jobs.measuring import known_of, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
-from fastunlearn.jobs.task import Part, Task, in_order, kept_on_disk, naming, open_task
+from fastunlearn.jobs.task import SHARDED, Part, Task, in_order, kept_on_disk, layout, naming, open_task
 from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.outcome import Outcome
@@ -70,8 +70,8 @@ def unlearn(config: Config, resume: bool, say: Say, ranks: Ranks = ALONE) -> tup
     if first_alone(ranks, lambda: resume and (out / "record.json").exists()):
         return out, first_alone(ranks, lambda: _complete(out, log, config))
     first_alone(ranks, lambda: _require_places(config, out, log, resume))
-    if config.shadows and ranks.group is not None:
-        raise ConfigError("shadow models are trained in one process: give --shadows 0, or start it without torchrun")
+    if ranks.group is not None:
+        _require_together(config, ranks)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
     task = open_task(config, ranks)
     task.require_trained()
@@ -89,6 +89,19 @@ def unlearn(config: Config, resume: bool, say: Say, ranks: Ranks = ALONE) -> tup
     finally:
         space.close()
     return out, findings
+
+
+def _require_together(config: Config, ranks: Ranks) -> None:
+    """Refuse what one process does with a model of its own."""
+    if config.shadows:
+        raise ConfigError("shadow models are trained in one process: give --shadows 0, or start it without torchrun")
+    if config.method == "retrain":
+        raise ConfigError("method: retrain trains a new model in one process; start it without torchrun")
+    if config.reference == "retrain" and layout(config, ranks) in SHARDED:
+        raise ConfigError(
+            "reference: retrain makes a model that every process has whole, which a sharded one may be too large for; "
+            "give --reference the weights of a retrained one, or --parallel ddp"
+        )
 
 
 def _require_places(config: Config, out: Path, log: Path, resume: bool) -> None:
@@ -229,7 +242,7 @@ class _Run:
             self.space.save("unlearned", task.as_stored(model), task.weights)
         else:
             after = _as_stored(self.before, task.model.state_dict(), model.state_dict())
-            first_alone(task.ranks, lambda: save_weights(self.space.weights("unlearned"), after))
+            first_alone(task.ranks, lambda: save_weights(self.space.place_for("unlearned"), after))
         return {**outcome.as_dict(), "kernels": kernels}
 
     def _after(self) -> State:
@@ -253,7 +266,7 @@ class _Run:
         task = self.task
         self.say(f"retraining on the {len(task.retain):,} retained samples, the yardstick")
         models, seconds, _ = train(task, [task.retain], [self.config.seed])
-        first_alone(task.ranks, lambda: save_weights(self.space.weights("retrained"), models[0].state_dict()))
+        first_alone(task.ranks, lambda: save_weights(self.space.place_for("retrained"), models[0].state_dict()))
         return seconds
 
     def _spectra(self) -> list[dict[str, Any]]:
@@ -323,7 +336,7 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     with locked(log) as held:
         found = read_record(out / "record.json")
         before = found["weights"]["before"]["digest"]
-        if config.weights is not None and digest(load_weights(config.weights)) != before:
+        if config.weights is not None and digest(kept_on_disk(Path(config.weights))) != before:
             raise ValueError(f"{out} holds the results for other weights than {config.weights} has now")
         if not held.has(found["id"]):
             if found["previous"] != held.last_hash:  # killed between the rename and the log, and another request came

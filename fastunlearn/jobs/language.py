@@ -313,8 +313,10 @@ def _extractions(
         if not any(_goes_on(batch["labels"], prompt or 1) for batch in loader):
             notes.append(f"No text of {name} is longer than that, so none was continued.")
             continue
-        told = extraction(model, task.dealt(loader, model), prompt, name, task.config.bootstrap, seed).shares
-        found[name] = {what: told[what].as_dict() for what in ("overlap", "rouge_l", "exact")}
+        told = extraction(model, task.dealt(loader, model), prompt, name, task.config.bootstrap, seed)
+        found[name] = {what: told.shares[what].as_dict() for what in ("overlap", "rouge_l", "exact")}
+        if short := int((told.tokens == 0).sum()):
+            notes.append(f"{short:,} of {len(few):,} texts of {name} end before that, and were not continued.")
         if len(few) < len(part):
             notes.append(f"Of the {len(part):,} texts of {name} {len(few):,}, drawn at random, were continued.")
     return found or None, notes
@@ -342,7 +344,8 @@ def verdict(unlearned: Row, original: Row, reference: Row | None) -> str:
 
     Three things may tell a model from one that never saw the texts: its perplexity on them, what it recites of them,
     and the membership attacks; each counts where it is further off than chance allows, in either direction. Where they
-    do not even tell the original, the sentence says so.
+    do not even tell the original, or the retained texts are known worse than they were and than they need be, the
+    sentence says so.
     """
     name, cost = unlearned["name"], _cost(unlearned, original)
     if reference is None:
@@ -365,6 +368,8 @@ def verdict(unlearned: Row, original: Row, reference: Row | None) -> str:
         word = "Partly forgotten" if halved else "Not forgotten"
     elif told_before:
         word = "Forgotten, as far as these measures see"
+        if _harmed(unlearned, original, reference):
+            word += ", but the retained texts suffered"
     else:
         word = "Undecided, these measures do not even tell the original from a model that never saw the texts"
     ours, theirs = _recited(unlearned, "forget"), _recited(reference, "forget")
@@ -397,8 +402,14 @@ def statement(model: Row, reference: Row | None) -> str:
 def distance(row: Row, reference: Row) -> float:
     """Mean over the sets of the nats by which a token's loss is away from the reference's: of perplexities, the
     logarithm of their factor."""
-    gaps = [abs(_nats(row, name) - _nats(reference, name)) for name in reference["loss"]]
+    gaps = [_apart(row, reference, name) for name in reference["loss"]]
     return math.fsum(gaps) / len(gaps)
+
+
+def _apart(row: Row, reference: Row, name: str) -> float:
+    """Nats between the losses of a token; infinite where either has no bound, and so says nothing."""
+    gap = abs(_nats(row, name) - _nats(reference, name))
+    return math.inf if math.isnan(gap) else gap
 
 
 def closest(models: Sequence[Row]) -> Row:
@@ -412,7 +423,7 @@ def comparison_verdict(models: Sequence[Row], best: Row) -> str:
     original = next(m for m in models if m["role"] == "original")
     reference = next(m for m in models if m["role"] == "reference")
     tried = sum(m["role"] in ("unlearned", "baseline") for m in models)
-    runs = best["perplexity"]["forget"]["runs"]
+    runs = best["seconds"]["runs"]  # a perplexity without bound has none
     over = f"over {runs} seeds" if runs > 1 else "with one seed"
     spent = f", in {best['seconds']['mean']:.3g} s"
     if reference["seconds"] is not None:
@@ -420,7 +431,7 @@ def comparison_verdict(models: Sequence[Row], best: Row) -> str:
     ours, nothing = distance(best, reference), distance(original, reference)
     sets = len(reference["loss"])
     away = f"a factor of {_factor(ours)} away in perplexity, on average over {sets} sets"
-    if ours > nothing - NO_GAIN:
+    if not ours < nothing - NO_GAIN:  # both may be without bound
         return (
             f"None of {tried} methods {over} comes closer to a model that never saw the texts than doing nothing, a "
             f"factor of {_factor(nothing)} away in perplexity; the closest is {best['name']}: {away}{spent}."
@@ -434,7 +445,7 @@ def comparison_verdict(models: Sequence[Row], best: Row) -> str:
 def _gaps(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
     """How far each measure is from the reference's, and how much of that is near enough or chance at 95 %."""
     near = math.log1p(NEAR_PERPLEXITY)
-    found = {"perplexity": (abs(_nats(row, "forget") - _nats(reference, "forget")), max(near, _spread(row)))}
+    found = {"perplexity": (_apart(row, reference, "forget"), max(near, _spread(row)))}
     ours, theirs = (r["extraction"] and r["extraction"].get("forget") for r in (row, reference))
     if ours and theirs:
         gap = abs(ours["overlap"]["mean"] - theirs["overlap"]["mean"])
@@ -450,12 +461,18 @@ def _chance(ours: Row, theirs: Row) -> float:
     return math.hypot(half_width(ours), half_width(theirs))
 
 
+def _harmed(unlearned: Row, original: Row, reference: Row) -> bool:
+    """Whether the perplexity on the retained texts is higher than the original's and the reference's, beyond nearness."""
+    return _nats(unlearned, "retain") > max(_nats(m, "retain") for m in (original, reference)) + math.log1p(
+        NEAR_PERPLEXITY
+    )
+
+
 def _spread(row: Row) -> float:
     """Half the interval, in nats, of the factor between the perplexity on the forgotten texts and the reference's."""
-    found = (row["factor"] or {}).get("forget")
-    if not found or "high" not in found or not found["low"] > 0:
-        return 0.0
-    return math.log(found["high"] / found["low"]) / 2
+    found = (row["factor"] or {}).get("forget") or {}
+    low, high = found.get("low"), found.get("high")  # None where there is no bound
+    return math.log(high / low) / 2 if low and high else 0.0
 
 
 def _nats(row: Row, name: str) -> float:

@@ -95,7 +95,8 @@ class Task:
         weights: the file they came from; None for a model that brings its own.
         forget, retain: disjoint where they come from the same data.
         measured: what is measured of ``retain``.
-        reference: weights of a model that never saw the forgotten data, if a file was given.
+        reference: weights of a model that never saw the forgotten data, if a file was given; of a sharded model they
+            stay there.
         classes: names of the outputs, as far as the data names them.
         ranks: who works on it, each with the whole of the data.
         parallel: how the ranks hold the model: ``none``, ``ddp``, ``fsdp`` or ``tp``.
@@ -250,7 +251,12 @@ class Task:
         return found
 
     def _placed(self, dtype: torch.dtype | None, weights: Path | None) -> nn.Module:
-        build = partial(make_model, self.config, len(self.classes), fresh=True)
+        """One without weights of its own, or each rank would make the whole of them to have them replaced."""
+
+        def build() -> nn.Module:
+            with without_memory():
+                return make_model(self.config, len(self.classes), fresh=True)
+
         with naming("--weights"):
             return place(build, self.parallel, self.ranks, self.device, dtype, weights)
 
@@ -268,8 +274,8 @@ class Task:
         chosen = {name: _hash(part.indices) for name, part in self._parts().items()}
         reference = None if self.reference is None else digest(self.reference)
         config = {k: v for k, v in self.config.as_dict().items() if k not in ("out", "log", "cache")}
-        file = Path(self.config.model.rpartition(":")[0])
-        code = file.read_bytes() if file.suffix == ".py" else b""
+        file, settings = Path(self.config.model.rpartition(":")[0]), Path(self.config.model) / "config.json"
+        code = file.read_bytes() if file.suffix == ".py" else settings.read_bytes() if settings.is_file() else b""
         model = hashlib.sha256(self.architecture.encode() + code).hexdigest()
         found = {**config, "model digest": model, "weights digest": self.digest, "data digests": sources,
                  "samples": chosen, "reference digest": reference}  # fmt: skip
@@ -283,6 +289,11 @@ class Task:
         )
 
 
+def layout(config: Config, ranks: Ranks) -> str:
+    """How the ranks hold the model."""
+    return "none" if ranks.group is None else "fsdp" if config.parallel == "auto" else config.parallel
+
+
 def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     """Open and check everything that ``config`` names; every one of several ranks does.
 
@@ -291,7 +302,7 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     """
     config.require("forget")
     require_same(ranks, config.as_dict())
-    parallel = "none" if ranks.group is None else "fsdp" if config.parallel == "auto" else config.parallel
+    parallel = layout(config, ranks)
     device = device_named(config.device)
     options = _options(config)
     tokenizer = tokenizer_of(config.model)
@@ -314,10 +325,10 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     if weights is None and Path(config.model).is_dir():
         weights = Path(config.model)
     given = "--model" if config.weights is None else "--weights"
+    build = partial(make_model, config, len(classes), fresh=True)
     if parallel in SHARDED:
         if weights is None:
             raise ConfigError("weights is missing: a sharded model is loaded shard by shard; give --weights")
-        build = partial(make_model, config, len(classes), fresh=True)
         with without_memory():
             architecture = repr(build())
         with naming(given):
@@ -337,8 +348,11 @@ def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
     if config.reference not in (None, "retrain"):
         assert config.reference is not None
         with naming("--reference"):
-            reference = load_weights(Path(config.reference))
-            if parallel not in SHARDED:
+            if parallel in SHARDED:
+                reference = kept_on_disk(Path(config.reference))
+                place(build, parallel, ranks, device, _dtype(config), config.reference)  # whether they fit
+            else:
+                reference = load_weights(Path(config.reference))
                 load_into(copy.deepcopy(model), reference, config.reference)
     recipe = pick(Recipe, config.training, "training")
     # Another draw than those of the methods, or what is measured would be what they have seen.

@@ -98,11 +98,17 @@ class Workspace:
         folder = self.path / KEPT / name
         return folder if folder.is_dir() else self.path / KEPT / f"{name}.safetensors"
 
+    def place_for(self, name: str) -> Path:
+        """The file to keep weights in anew, for rank 0; a folder that a phase cut off left there is removed."""
+        folder = self.path / KEPT / name
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        return folder.with_name(f"{name}.safetensors")
+
     def save(self, name: str, model: nn.Module, like: Path | None) -> None:
         """Keep the weights of a model that the ranks hold together, with the names that they have in ``like``."""
-        folder = self.path / KEPT / name
-        first_alone(self._ranks, lambda: shutil.rmtree(folder) if folder.exists() else None)  # of a phase cut off
-        save_sharded(folder, model, like=like)
+        first_alone(self._ranks, lambda: self.place_for(name))
+        save_sharded(self.path / KEPT / name, model, like=like)
 
     def finish(self) -> None:
         """Let the folder take its name; everything in it but what was kept for resuming is the result.

@@ -262,6 +262,7 @@ def say(line: str) -> None:
 
 def _portable(error: BaseException) -> BaseException:
     """The same in one argument: what an error was made with can not always be pickled, or made again from."""
-    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    kinds = [kind for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+    kind = ValueError if isinstance(error, UnicodeError) else kinds[0]  # most of its kinds take five arguments
     same: BaseException = kind(str(error))
     return same
