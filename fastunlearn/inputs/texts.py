@@ -211,9 +211,9 @@ def open_conversations(reading: Reading, rows: Sequence[Mapping[str, Any]], line
     encoded = []
     for row, line in zip(rows, lines, strict=True):
         where = f"{spec!r}: line {line}"
-        for name in ("tools", "documents"):  # a template writes them into the prompt
-            if "messages" in row and row.get(name):
-                raise ValueError(f"{where} has {name}, which are not supported; write them into a system message")
+        for given in ("tools", "documents"):  # a template writes them into the prompt
+            if "messages" in row and row.get(given):
+                raise ValueError(f"{where} has {given}, which are not supported; write them into a system message")
         one = _chat(tokenizer, row["messages"], where) if "messages" in row else _completed(tokenizer, row, where)
         if length is not None and len(one.tokens) > length:
             one = Encoded(one.tokens[:length], one.labels[:length], one.text)

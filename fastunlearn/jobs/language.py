@@ -462,7 +462,7 @@ def _chance(ours: Row, theirs: Row) -> float:
 
 
 def _harmed(unlearned: Row, original: Row, reference: Row) -> bool:
-    """Whether the perplexity on the retained texts is higher than the original's and the reference's, beyond nearness."""
+    """Whether the perplexity on the retained texts is above the original's and the reference's, beyond nearness."""
     return _nats(unlearned, "retain") > max(_nats(m, "retain") for m in (original, reference)) + math.log1p(
         NEAR_PERPLEXITY
     )
