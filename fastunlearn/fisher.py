@@ -203,7 +203,10 @@ def fisher_diagonal(
 
     On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
     own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
-    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found.
+    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found. Replicas
+    hold a batch's squares as whole weights besides. Shards take kernels alone, weights that all ranks use in every
+    batch, and no ``sample="token"``. What is wrong with one rank's samples is raised there; the others then end with
+    the error of their backend, or wait for its timeout where nothing like torchrun ends them.
 
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.

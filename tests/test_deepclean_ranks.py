@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import fastunlearn as fu
 from fastunlearn import ops
 from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
+from fastunlearn.methods.training import descend
 from fastunlearn.parallel.deal import deal
-from fastunlearn.parallel.ranks import unwrapped
+from fastunlearn.parallel.ranks import local, unwrapped
 
 FORGET, RETAIN = [3, 2], [4, 3, 4, 2, 1]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -249,3 +250,20 @@ def spare_on_rank(rank: int) -> Any:
 
 def test_replicas_may_leave_weights_unused_if_their_engine_was_told() -> None:
     assert on_ranks(2, spare_on_rank) == [{"used.weight": 15, "used.bias": 3}] * 2
+
+
+def tuned_in_parallel_on_rank(rank: int) -> Any:
+    """All weights, the table among them: how far they are from those of one process, and whether all have moved."""
+    batches = batches_for("llama", RETAIN)
+    models = place(llama(), "tp"), llama()
+    for model in models:
+        masks = [torch.full((-(-local(p).numel() // 32),), -1, dtype=torch.int32) for p in model.parameters()]
+        descend(model, batches, "retain", fu.MaskedSGD(list(model.parameters()), masks, lr=0.1), 2)
+    pairs = list(zip(*(model.parameters() for model in models), llama().parameters(), strict=True))
+    for found, truth, _ in pairs:
+        torch.testing.assert_close(whole(found.detach()), truth.detach(), rtol=1e-3, atol=1e-5)
+    return all(not torch.equal(truth, before) for _, truth, before in pairs)
+
+
+def test_tensor_parallel_weights_are_tuned_as_on_one_process() -> None:
+    assert on_ranks(2, tuned_in_parallel_on_rank) == [True, True]
