@@ -462,10 +462,9 @@ def _chance(ours: Row, theirs: Row) -> float:
 
 
 def _harmed(unlearned: Row, original: Row, reference: Row) -> bool:
-    """Whether the perplexity on the retained texts is higher than the original's and the reference's, beyond nearness."""
-    return _nats(unlearned, "retain") > max(_nats(m, "retain") for m in (original, reference)) + math.log1p(
-        NEAR_PERPLEXITY
-    )
+    """Whether the perplexity on the retained texts is above the original's and the reference's, beyond nearness."""
+    known = max(_nats(model, "retain") for model in (original, reference))
+    return _nats(unlearned, "retain") > known + math.log1p(NEAR_PERPLEXITY)
 
 
 def _spread(row: Row) -> float:
