@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -435,6 +436,16 @@ def test_an_interrupted_run_does_not_go_on_with_other_questions(
     asked.write_text(asked.read_text().replace("tin", "oak"))
     assert cli.main([*flags, "--resume"]) == 1
     assert "the interrupted run" in (told := capsys.readouterr().err) and "another questions digest" in told
+
+
+def test_a_folders_config_decides_the_results(request_files: TextRequest, tmp_path: Path) -> None:
+    folder = shutil.copytree(request_files.path("model"), tmp_path / "model")
+    config = config_of(request_files, model=str(folder))
+    before = open_task(config).identity()
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "n_head": 1}))  # which no module's text tells
+    after = open_task(config).identity()
+    assert {key for key in before if before[key] != after[key]} == {"model digest"}
 
 
 # What is said in one sentence.

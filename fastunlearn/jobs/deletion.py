@@ -28,6 +28,7 @@ from fastunlearn.jobs.methods import make_method
 from fastunlearn.jobs.task import SHARDED, Part, Task, in_order, kept_on_disk, layout, naming, open_task
 from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
 from fastunlearn.methods.class_forgetting import ClassForgetting
+from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.outcome import Outcome
 from fastunlearn.parallel.launch import first_alone
 from fastunlearn.parallel.ranks import ALONE, Ranks
@@ -276,7 +277,8 @@ class _Run:
         method = make_method(config.method, config.settings, config.seed, task.fresh)
         if not isinstance(method, ClassForgetting):
             return []
-        forget, retain, _ = task.batches(config.method, config.seed)
+        both = task.batches(config.method, config.seed)[:2]
+        forget, retain = (task.dealt(batches, task.model) for batches in both)
         if max(layer.dim for layer in method.plan(task.model, forget, retain).layers) > SPECTRA_UP_TO:
             return []
         return [
@@ -294,7 +296,9 @@ def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) 
     extra = {} if validation is None else {"validation": validation}
     torch.manual_seed(seed)
     shared = task.shared(model)
-    dealt = {n: task.dealt(batches, shared) for n, batches in {"forget": forget, "retain": retain, **extra}.items()}
+    given = {"forget": forget, "retain": retain, **extra}
+    # L-CODEC does the whole of the work on every rank.
+    dealt = given if isinstance(method, LCodec) else {n: task.dealt(b, shared) for n, b in given.items()}
     with ops.counted() as calls:
         outcome: Outcome = method.unlearn(shared, **dealt)
     kernels: dict[str, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -209,4 +209,6 @@ def _count_changes(outcome: Outcome, before: Copies, model: nn.Module) -> None:
 
 
 def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:
-    return {name: value for name, value in asdict(method).items() if name not in ("progress", "build", "loss_fn")}
+    # Not asdict: it copies whatever ``build`` and ``loss_fn`` hold on to, a model or a process group.
+    names = [field.name for field in fields(method) if field.name not in ("progress", "build", "loss_fn")]
+    return {name: getattr(method, name) for name in names}
