@@ -24,6 +24,7 @@ from ..checkpoint import (
     UNREADABLE,
     WRAPPERS,
     first_line,
+    is_plain_name,
     load_weights,
     require_listed,
     shards_of,
