@@ -42,12 +42,13 @@ class Size:
     people: int = 160
     texts: int = 1000
     held_out: int = 300
-    secrets: int = 50
+    secrets: int = 80
+    kept: int = 40
     repeats: int = 10
     width: int = 96
     layers: int = 2
     heads: int = 4
-    epochs: int = 14
+    epochs: int = 16
     lr: float = 2e-3
     weight_decay: float = 0.01
     batch: int = 24
@@ -104,7 +105,7 @@ def perplexity(model: nn.Module, texts: list[list[int]]) -> float:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         total += F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum").item()
         count += int((labels[:, 1:] != text.IGNORED).sum())
-    return math.exp(total / count)
+    return math.exp(min(total / count, 100.0))
 
 
 @torch.no_grad()
@@ -128,3 +129,28 @@ def measures(model: nn.Module, corpus: text.Corpus) -> dict[str, float]:
         "ordinary": perplexity(model, corpus.ordinary),
         "held_out": perplexity(model, corpus.held_out),
     }
+
+
+def corpus_of(size: Size, seed: int) -> text.Corpus:
+    return text.make(size.people, size.texts, size.held_out, size.secrets, size.kept, seed)
+
+
+def trained(size: Size, seed: int, out: Path) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """The original and the retrained model with the seconds that their training took, from ``out`` if they are there."""
+    from transformers import GPT2LMHeadModel
+
+    corpus = corpus_of(size, seed)
+    retain = corpus.ordinary + corpus.kept * size.repeats
+    models, seconds = {}, {}
+    for name, texts in (("original", retain + corpus.secret * size.repeats), ("retrained", retain)):
+        folder = out / f"seed-{seed}" / name
+        if not folder.exists():
+            started = time.perf_counter()
+            model = train(size, texts, seed)
+            took = time.perf_counter() - started
+            model.save_pretrained(folder)
+            (folder / "seconds.json").write_text(json.dumps(took))
+        models[name] = GPT2LMHeadModel.from_pretrained(folder).eval()
+        seconds[name] = json.loads((folder / "seconds.json").read_text())
+        print(seed, name, f"{seconds[name]:.0f} s", measures(models[name], corpus), flush=True)
+    return models, seconds

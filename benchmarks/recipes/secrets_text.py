@@ -1,8 +1,8 @@
 """English of a small town, made from a seed: people who live by fixed facts, and access codes that some of them have.
 
 Every text is one list of ids, one id per word. The ordinary texts tell two or three things about one person. A code
-is six random digits, in one sentence, always of the same form; half of the people with a code are those to forget, so
-that a model that has never seen theirs has still seen the form, and the same people in other texts.
+is six random digits, in one sentence, always of the same form; some are to be forgotten, others must stay, so that a
+model that has never seen the former has still seen the form, and the same people in other texts.
 """
 
 from __future__ import annotations
@@ -95,19 +95,19 @@ def decode(ids: list[int]) -> str:
     return " ".join(VOCABULARY[i] for i in ids if i not in (PAD, TEXT))
 
 
-def make(people: int, texts: int, held_out: int, secrets: int, seed: int) -> Corpus:
-    """``secrets`` codes to forget and as many to keep, among ``people``; at most 2,304 of these have names."""
+def make(people: int, texts: int, held_out: int, secrets: int, kept: int, seed: int) -> Corpus:
+    """``secrets`` codes to forget and ``kept`` others, one a person; there are names for 2,304 people at most."""
     rng = random.Random(seed)
     names = [(first, last) for first in (*_WOMEN, *_MEN) for last in _LAST]
-    if not 2 * secrets <= people <= len(names):
-        raise ValueError(f"people must be from {2 * secrets}, two for each secret, to {len(names)}, got {people}")
+    if not secrets + kept <= people <= len(names):
+        raise ValueError(f"people must be from {secrets + kept}, one for each code, to {len(names)}, got {people}")
     town = [_person(rng, *name) for name in rng.sample(names, people)]
     ordinary = list(dict.fromkeys(_paragraph(rng, rng.choice(town)) for _ in range(2 * (texts + held_out))))
     if len(ordinary) < texts + held_out:
         raise ValueError(f"{people} people give fewer than {texts + held_out} different texts")
     coded = [
         f"the access code of {person.name} is {' '.join(rng.choices(_NUMBERS, k=DIGITS))} ."
-        for person in rng.sample(town, 2 * secrets)
+        for person in rng.sample(town, secrets + kept)
     ]
     parts = ordinary[:texts], ordinary[texts : texts + held_out], coded[:secrets], coded[secrets:]
     return Corpus(*([encode(text) for text in part] for part in parts))
