@@ -15,7 +15,8 @@ EACH_KERNEL := emulated and not too_large and not repeat and not (repetition and
 	not (eigh_errs and (wide or indefinite))
 # --capture=sys: pytest would swallow the report of a process that dies.
 OPERATOR_TESTS := -q -k "$(EACH_KERNEL)" --durations=10 --capture=sys -p no:cacheprovider tests/test_ops.py \
-	tests/test_reset.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py tests/test_wgmma.py
+	tests/test_reset.py tests/test_add_rounded.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py \
+	tests/test_wgmma.py
 
 .PHONY: all demo test lint format sanitize sanitize-address sanitize-thread bench gpu-check clean
 all: $(VENV)/built

@@ -32,10 +32,12 @@ json.dump(info, open(sys.argv[1], "w"), indent=2)
 print(info)
 PY
 
-operators=(tests/test_ops.py tests/test_reset.py tests/test_gram.py tests/test_lowrank.py tests/test_codec_ops.py)
+operators=(tests/test_ops.py tests/test_reset.py tests/test_add_rounded.py tests/test_gram.py tests/test_lowrank.py
+  tests/test_codec_ops.py)
 if part test; then
   FASTUNLEARN_TEST_BACKENDS=cuda attempt "$python" -m pytest -q "${operators[@]}" -k "cuda or opcheck" \
     --junitxml="$out/tests.xml"
+  attempt "$python" -m pytest -q tests/test_offload.py -k cuda
   # The Hopper kernel, which is off by default, and its instructions against their emulation; elsewhere both pass by.
   FASTUNLEARN_WGMMA=1 FASTUNLEARN_TEST_BACKENDS=cuda attempt "$python" -m pytest -q tests/test_wgmma.py \
     tests/test_ops.py -k "cuda" --junitxml="$out/tests-wgmma.xml"

@@ -6,11 +6,11 @@
 #include <array>
 
 #include "codec/codec_scores.h"
+#include "common/tensor_list.h"
 #include "fisher/sq_grad_channels.h"
 #include "fisher/sq_grad_cpu_plan.h"
 #include "fisher/sq_grad_tile.h"
 #include "fisher/sq_grad_wgmma.h"
-#include "reset/tensor_list.h"
 #include "subspace/gram_conv2d.h"
 #include "subspace/grouped_mm.h"
 #include "subspace/jacobi.h"
@@ -140,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("upper_tile", &upper_tile, "index"_a,
         "Row and column of a tile of gram_accumulate_conv2d_.");
   m.def("plan_tensor_list", &plan_tensor_list, "sizes"_a, "max_blocks"_a = INT32_MAX,
-        "Launches of the reset operators over a list of tensors.");
+        "Launches of the operators over a list of tensors.");
   m.def("plan_grouped", &plan_grouped, "shapes"_a,
         "Launches of grouped_mm_ and sketch_ over (rows, depth, columns).");
   m.def("plan_jacobi", &plan_jacobi, "size"_a, "element_bytes"_a, "with_rotation"_a,

@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(FASTUNLEARN_NAMESPACE, m) {
   m.def(
       "sq_grad_embedding(Tensor(a!) out, Tensor indices, Tensor grad_output, "
       "int? padding_idx=None) -> ()");
+  // sums = bfloat16 of (sums + addends), rounded up or down by random bits of (seed, step, offset +
+  // index); one launch for all tensors.
+  m.def(
+      "add_rounded_(Tensor(a!)[] sums, Tensor[] addends, int seed, int step, int[] offsets) -> ()");
   // Where forget / (retain + eps) > gamma: weight = fill (mode 0), = initial (1), or
   // *= min(1, dampening / ratio) (2). rules [tensors, 3] holds gamma, eps and fill; writes bit
   // masks and counts of what passed.

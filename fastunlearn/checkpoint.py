@@ -12,16 +12,18 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .files import replacing
 
 State = Mapping[str, Tensor]
+T = TypeVar("T")
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights beside the rest
@@ -45,7 +47,7 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def load_weights(path: str | Path) -> dict[str, Tensor]:
+def load_weights(path: str | Path, mmap: bool = False) -> dict[str, Tensor]:
     """The weights in a file or a Hugging Face folder, on the CPU; no code in the file is run.
 
     Reads ``.safetensors``; ``.pt``, ``.pth`` and ``.bin`` with ``torch.load(weights_only=True)``; an index of shards
@@ -53,10 +55,18 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     checkpoint the weights are taken from ``state_dict``, ``model_state_dict`` or ``model`` when exactly one of them
     is there. ``module.`` (DataParallel) and ``_orig_mod.`` (torch.compile) are taken off when every name has them.
 
+    With ``mmap`` torch's zip format is not read but mapped, so that what is not looked at costs nothing; the file must
+    then stay as it is.
+
     Raises OSError when a file cannot be read, and ValueError when it is truncated, holds Python objects, or is not a
     dictionary of one tensor or more; always in one line that names the file.
     """
-    path = Path(path)
+    path = weights_file(Path(path))
+    return without_prefixes(_read_shards(path) if path.name.endswith(".index.json") else _read_file(path, mmap))
+
+
+def weights_file(path: Path) -> Path:
+    """``path``, or of a folder the file or index in it under Hugging Face's names; raises as :func:`load_weights`."""
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).is_file()]
         if not found:
@@ -64,11 +74,15 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected weights as {', '.join(SUFFIXES)} or a folder of them")
-    state = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
+    return path
+
+
+def without_prefixes(named: dict[str, T]) -> dict[str, T]:
+    """The same under the names that the model had before DataParallel or torch.compile wrapped it."""
     for prefix in PREFIXES:
-        if all(key.startswith(prefix) and key != prefix for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+        if all(key.startswith(prefix) and key != prefix for key in named):
+            named = {key[len(prefix) :]: value for key, value in named.items()}
+    return named
 
 
 def load_into(model: nn.Module, state: State, source: str) -> None:
@@ -88,33 +102,48 @@ def load_into(model: nn.Module, state: State, source: str) -> None:
     itself fills with infinities, such as a mask, may hold the same ones), and tied weights that differ.
     """
     own = model.state_dict()
-    uninitialised = [key for key, value in own.items() if nn.parameter.is_lazy(value) or value.is_meta]
-    if uninitialised:
-        raise ValueError(
-            f"the model's {_some(uninitialised)} have no values to load into yet; "
-            "run one batch through a lazy model, or build it on a device other than meta"
-        )
-    twins = _tied(own)
-    full = dict(state)
-    for key in own.keys() - full.keys():
-        present = [twin for twin in twins.get(key, ()) if twin in state]
-        if present:
-            full[key] = state[present[0]]
-        elif key.rpartition(".")[2] == "num_batches_tracked":
-            full[key] = own[key]
-    missing = [key for key in own if key not in full]
-    unexpected = [key for key in full if key not in own]
-    if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] * bool(missing)
-        parts += [f"has {_some(unexpected)}, which the model does not"] * bool(unexpected)
-        raise ValueError(f"{source} does not fit {type(model).__name__}: it {' and '.join(parts)}")
+    require_initialised(own)
+    twins = tied(own)
+    names = names_for(own, state, twins, f"{source} does not fit {type(model).__name__}")
+    full = {key: state[names[key]] if key in names else value for key, value in own.items()}
     for key, value in own.items():
-        _require_fit(key, full[key], value, source)
+        require_type(key, full[key].dtype, full[key].shape, value, source)
+        require_finite(key, full[key], value, source)
     for key, others in twins.items():
         for other in others:
             if not torch.equal(full[key], full[other]):
                 raise ValueError(f"{source}: {key} and {other} are one tensor in the model but differ in the file")
     model.load_state_dict(full, strict=True)
+
+
+def require_initialised(own: State) -> None:
+    """Raise ValueError where a model has no values yet that a checkpoint could replace."""
+    uninitialised = [key for key, value in own.items() if nn.parameter.is_lazy(value) or value.is_meta]
+    if uninitialised:
+        raise ValueError(
+            f"the model's {some(uninitialised)} have no values to load into yet; "
+            "run one batch through a lazy model, or build it on a device other than meta"
+        )
+
+
+def names_for(own: State, found: Collection[str], twins: Mapping[str, list[str]], misfit: str) -> dict[str, str]:
+    """For each weight of a model the name of ``found`` that it is given: its own, or that of one tied to it.
+
+    BatchNorm's ``num_batches_tracked`` is left out where it is not found. Raises ValueError, which begins with
+    ``misfit``, when names are missing or unexpected.
+    """
+    names = {}
+    for key in own:
+        present = [name for name in (key, *twins.get(key, ())) if name in found]
+        if present:
+            names[key] = present[0]
+    missing = [key for key in own if key not in names and key.rpartition(".")[2] != "num_batches_tracked"]
+    unexpected = [key for key in found if key not in own]
+    if missing or unexpected:
+        parts = [f"lacks {some(missing)}"] * bool(missing)
+        parts += [f"has {some(unexpected)}, which the model does not"] * bool(unexpected)
+        raise ValueError(f"{misfit}: it {' and '.join(parts)}")
+    return names
 
 
 def save_weights(path: str | Path, state: State, like: str | Path | None = None) -> None:
@@ -135,19 +164,23 @@ def save_weights(path: str | Path, state: State, like: str | Path | None = None)
     """
     path = Path(path)
     _require_suffix(path)
-    _require_tensors(state, "the state to save")
+    require_tensors(state, "the state to save")
     metadata = {"format": "pt"}
     if like is not None:
-        names = load_weights(like).keys()
-        twins = _tied(state)
-        state = {k: t for k, t in state.items() if k in names or not any(o in names for o in twins.get(k, ()))}
+        state = as_in(state, load_weights(like).keys())
         if Path(like).suffix == ".safetensors":
-            metadata |= _metadata(Path(like))
+            metadata |= safetensors_metadata(Path(like))
     with replacing(path) as file:
         if path.suffix == ".safetensors":
             write_safetensors(file, state, metadata)
         else:
             _torch_save({key: _alone(value) for key, value in state.items()}, file)
+
+
+def as_in(state: State, names: Collection[str]) -> dict[str, Tensor]:
+    """``state`` without the names that ``names`` lacks though one that is tied to them is there."""
+    twins = tied(state)
+    return {k: t for k, t in state.items() if k in names or not any(o in names for o in twins.get(k, ()))}
 
 
 def digest(state: State) -> str:
@@ -160,12 +193,15 @@ def digest(state: State) -> str:
     """
     sha256 = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name]
-        text = json.dumps([name, dtype_name(tensor.dtype), list(tensor.shape)], separators=(",", ":")).encode()
-        sha256.update(len(text).to_bytes(8, "little"))
-        sha256.update(text)
-        sha256.update(raw_bytes(tensor))
+        sha256.update(digest_heading(name, state[name]))
+        sha256.update(raw_bytes(state[name]))
     return sha256.hexdigest()
+
+
+def digest_heading(name: str, tensor: Tensor) -> bytes:
+    """What :func:`digest` hashes before the values of a tensor."""
+    text = json.dumps([name, dtype_name(tensor.dtype), list(tensor.shape)], separators=(",", ":")).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -184,28 +220,35 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_safetensors(file: BinaryIO, state: State, metadata: Mapping[str, str]) -> None:
-    """Write the safetensors format tensor by tensor; safetensors' own ``save`` holds the whole model twice more.
+    """Write the safetensors format tensor by tensor; safetensors' own ``save`` holds the whole model twice more."""
+    start, places = safetensors_layout(state, metadata)
+    file.write(start)
+    for key in places:
+        file.write(raw_bytes(state[key]))
 
-    Widest types come first, so that every value is aligned, and then by name.
+
+def safetensors_layout(state: State, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file of ``state`` begins, and for each tensor, in the order of the file, the byte it begins at.
+
+    Widest types come first, so that every value is aligned, and then by name. Reads no values.
     """
     order = sorted(state, key=lambda key: (-state[key].element_size(), key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    places = {}
     end = 0
     for key in order:
         tensor = state[key]
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{key} is {dtype_name(tensor.dtype)}, which safetensors has no name for; save as .pt")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        places[key], end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [places[key], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for key in order:
-        file.write(raw_bytes(state[key]))
+    start = len(text).to_bytes(8, "little") + text
+    return start, {key: len(start) + place for key, place in places.items()}
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     _require_suffix(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -214,14 +257,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         try:
             state: Any = load_file(path)
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a safetensors file, or only part of one ({_first_line(error)})") from error
+            raise ValueError(f"{path}: not a safetensors file, or only part of one ({first_line(error)})") from error
     else:
-        state = _unwrapped(_read_pickle(path), path)
-    _require_tensors(state, str(path))
+        state = _unwrapped(_read_pickle(path, mmap), path)
+    require_tensors(state, str(path))
     return dict(state)
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mmap: bool = False) -> Any:
     with open(path, "rb") as file:
         start = file.read(4)
     if not start.startswith((b"PK\x03\x04", b"\x80")):
@@ -229,7 +272,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickles of other versions
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and start.startswith(b"PK"))
     except UNREADABLE as error:
         text = str(error)
         if "TorchScript" in text:
@@ -244,7 +287,7 @@ def _read_pickle(path: Path) -> Any:
         found = re.search(r"Unsupported .*", text)
         raise ValueError(
             f"{path}: refused, no weights that torch.save wrote, or only part of them, and no other pickle is run "
-            f"({found[0] if found else _first_line(error)})"
+            f"({found[0] if found else first_line(error)})"
         ) from error
 
 
@@ -258,11 +301,12 @@ def _unwrapped(content: Any, path: Path) -> Any:
     return content[inside[0]] if inside else content
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def shards_of(index: Path) -> dict[Path, set[str]]:
+    """The files that an index names, all there, and the weights that are in each, by what the index says."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{index}: not JSON ({_first_line(error)})") from error
+        raise ValueError(f"{index}: not JSON ({first_line(error)})") from error
     where = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: expected 'weight_map', a dictionary from weights to the files they are in")
@@ -272,19 +316,25 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index}: names the shard {shard!r}; shards must be files in the same folder")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index}: names the shard {shard}, which is not in {index.parent}")
+    return {index.parent / shard: {key for key, name in where.items() if name == shard} for shard in shards}
+
+
+def require_listed(found: Collection[str], listed: Collection[str], shard: Path, index: Path) -> None:
+    """Raise ValueError unless a shard holds what its index says."""
+    if set(found) != set(listed):
+        raise ValueError(f"{shard}: differs from {index.name} in {some(sorted(set(found) ^ set(listed)))}")
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for shard in shards:
-        part = _read_file(index.parent / shard)
-        listed = {key for key, name in where.items() if name == shard}
-        if part.keys() != listed:
-            raise ValueError(
-                f"{index.parent / shard}: differs from {index.name} in {_some(sorted(part.keys() ^ listed))}"
-            )
+    for shard, listed in shards_of(index).items():
+        part = _read_file(shard)
+        require_listed(part, listed, shard, index)
         state |= part
     return state
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def safetensors_metadata(path: Path) -> dict[str, str]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -296,7 +346,7 @@ def _require_suffix(path: Path) -> None:
         raise ValueError(f"{path}: weights end in {', '.join(SUFFIXES)}, not {path.suffix or 'without a suffix'!r}")
 
 
-def _require_tensors(state: Any, source: str) -> None:
+def require_tensors(state: Any, source: str) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"{source}: expected a dictionary of tensors, found {_a(state)}; save model.state_dict()")
     if not state:
@@ -310,15 +360,19 @@ def _require_tensors(state: Any, source: str) -> None:
             raise ValueError(f"{source}: {key!r} is a sparse, quantized or empty-handed (meta) tensor; make it dense")
 
 
-def _require_fit(key: str, value: Tensor, own: Tensor, source: str) -> None:
-    """``value`` can take the place of ``own`` in a model without a loss that is more than rounding."""
-    if value.shape != own.shape:
-        raise ValueError(f"{source}: {key} has shape {list(value.shape)}, the model's has {list(own.shape)}")
-    fits = value.dtype == own.dtype or torch.promote_types(value.dtype, own.dtype) == own.dtype
-    if value.dtype.is_floating_point or own.dtype.is_floating_point:
-        fits = value.dtype.is_floating_point and own.dtype.is_floating_point
-    if not fits or (value.dtype == torch.bool) != (own.dtype == torch.bool) or value.is_complex() != own.is_complex():
-        raise ValueError(f"{source}: {key} is {dtype_name(value.dtype)}, the model's is {dtype_name(own.dtype)}")
+def require_type(key: str, dtype: torch.dtype, shape: Sequence[int], own: Tensor, source: str) -> None:
+    """Raise ValueError unless such a tensor can take the place of ``own`` without a loss that is more than rounding."""
+    if tuple(shape) != tuple(own.shape):
+        raise ValueError(f"{source}: {key} has shape {list(shape)}, the model's has {list(own.shape)}")
+    fits = dtype == own.dtype or torch.promote_types(dtype, own.dtype) == own.dtype
+    if dtype.is_floating_point or own.dtype.is_floating_point:
+        fits = dtype.is_floating_point and own.dtype.is_floating_point
+    if not fits or (dtype == torch.bool) != (own.dtype == torch.bool) or dtype.is_complex != own.dtype.is_complex:
+        raise ValueError(f"{source}: {key} is {dtype_name(dtype)}, the model's is {dtype_name(own.dtype)}")
+
+
+def require_finite(key: str, value: Tensor, own: Tensor, source: str) -> None:
+    """Raise ValueError where ``value`` has NaN or infinities, cast to the type of ``own``, that ``own`` has not."""
     if not (value.dtype.is_floating_point or value.is_complex()):
         return
     if bool(_finite(cast := value.to(own.dtype)).all()):
@@ -335,11 +389,17 @@ def _finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)  # not there for float8
 
 
-def _tied(state: State) -> dict[str, list[str]]:
-    """For each name whose tensor has another name as well: the other names."""
+def tied(state: State) -> dict[str, list[str]]:
+    """For each name whose tensor has another name as well: the other names.
+
+    A DTensor, of which a rank may hold nothing, is another's twin when both are one object, which they are in
+    ``state_dict(keep_vars=True)``.
+    """
     groups: dict[Any, list[str]] = {}
     for key, value in state.items():
-        if value.numel():
+        if is_traceable_wrapper_subclass(value):
+            groups.setdefault(id(value), []).append(key)
+        elif value.numel():
             place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
             groups.setdefault(place, []).append(key)
     return {
@@ -363,7 +423,7 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -373,6 +433,6 @@ def _a(value: Any) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return re.sub(r"\x1b\[\d*m", "", text.splitlines()[0].split(". ")[0])[:120] if text else type(error).__name__

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Batches = Iterable[Any]
 LossFunction = Callable[[Any, Any], Tensor]
 
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -71,7 +73,11 @@ def count_batches(batches: Batches) -> int:
 
 
 def read(batches: Batches, name: str, device: torch.device) -> Iterator[Batch]:
-    """The batches on ``device``; raises ValueError when there is none, or when one is malformed."""
+    """The batches on ``device``; raises ValueError when there is none, or when one is malformed.
+
+    Of a dict with an ``attention_mask`` of the labels' shape, the labels are -100 where the mask is 0. A sequence that
+    is left without any label has loss 0 and gradient 0, and still counts as a sample.
+    """
     require_batches(batches, name)
     empty = True
     for raw in batches:
@@ -90,7 +96,7 @@ def _batch(raw: Any, name: str, device: torch.device) -> Batch:
             raise ValueError(f"a batch of {name} is a dict without 'labels'; it has {sorted(raw)}")
         args: tuple[Any, ...] = ()
         kwargs = {key: value for key, value in raw.items() if key != "labels"}
-        targets = raw["labels"]
+        targets = _attended(raw["labels"], raw.get("attention_mask"))
     elif isinstance(raw, (tuple, list)) and len(raw) == 2:
         args, kwargs, targets = (raw[0],), {}, raw[1]
     else:
@@ -105,7 +111,10 @@ def _batch(raw: Any, name: str, device: torch.device) -> Batch:
     return Batch(args, kwargs, targets, sizes.pop())
 
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
+def _attended(labels: Any, mask: Any) -> Any:
+    """Labels of positions with -100 where an attention mask of their shape is 0, so that padding is never scored."""
+    alike = isinstance(labels, Tensor) and isinstance(mask, Tensor) and labels.dim() > 1 and labels.shape == mask.shape
+    return labels.masked_fill(mask == 0, IGNORED) if alike and not labels.is_floating_point() else labels
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -31,9 +31,14 @@ from fastunlearn.data import (
     per_sample_loss,
     read,
 )
-from fastunlearn.graph import Taps
+from fastunlearn.draws import derived_seed
+from fastunlearn.graph import Aliases, Taps
 from fastunlearn.hooks import Call, device_of, eager, preserved, recording, require_finite, require_separable
+from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
+from fastunlearn.parallel.deal import together
+from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.tensors import is_parallel, looked_up_here, on_this_rank
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -44,9 +49,11 @@ from fastunlearn.planning import (
     plan_of_rules,
     probe,
     require_independent,
+    sharded_plan,
 )
 from fastunlearn.rules import Seen, joined, rule_of, ruled_owners
-from fastunlearn.units import Record, Substitution, Unit, add_squares, map_tensors, spread, zeros_for
+from fastunlearn.sums import Sums
+from fastunlearn.units import Record, Substitution, Unit, add_squares, map_tensors, spread
 from fastunlearn.uses import Use
 
 Kind = Literal["empirical", "monte_carlo", "exact"]
@@ -148,6 +155,8 @@ def fisher_diagonal(
     progress: bool = False,
     name: str = "batches",
     sample: Sample = "sequence",
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> FisherDiagonal:
     """Mean over samples of the squared per-sample gradient, for every weight; exact at any batch size.
 
@@ -160,18 +169,29 @@ def fisher_diagonal(
         model: any module; in eval mode where it has BatchNorm or dropout inside an unknown layer.
         batches: re-iterable of ``(inputs, targets)`` or of dicts with ``labels``; samples along the first axis.
         loss_fn: ``loss_fn(outputs, targets) -> Tensor[N]``, one loss per sample, or ``Tensor[N, T]`` for tokens;
-            default cross-entropy of logits [N, C] or [N, C, T].
+            default cross-entropy of logits [N, C] or [N, C, T]; for Hugging Face's causal language models that of
+            the next token, :func:`fastunlearn.language.causal_lm_loss`.
         kind: ``"empirical"`` uses the given targets, ``"monte_carlo"`` draws one label per sample from the
-            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax.
+            softmax of the model's logits, ``"exact"`` weights the squares of every label by that softmax; of a
+            causal language model one label per labelled token, each given the text before it.
         params: names to compute; default all that require grad.
         seed: of the drawn labels.
         progress: show a progress bar.
         name: what error messages call ``batches``.
         sample: ``"sequence"``: a sample is an index of the first axis. ``"token"``: a sample is a position [n, t], and
             its gradient is that of its own loss; positions with the label -100 are neither computed nor counted.
+        dtype: ``torch.bfloat16`` keeps the sums in half of the memory, each batch's squares rounded at random so that
+            the sum is right on average (:func:`fastunlearn.ops.add_rounded_`, drawn from ``seed``).
+        offload: keep the sums in host memory; each layer's squares are copied there while the backward pass goes on.
 
     Returns:
-        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters), on the parameters' device.
+        A :class:`FisherDiagonal`, float32 (float64 for float64 parameters, or ``dtype``), on the parameters' device,
+        or in host memory if ``offload``; of parameters sharded by FSDP2, DTensors sharded alike (local tensors if
+        ``offload``).
+
+    On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
+    own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
+    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found.
 
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.
@@ -201,20 +221,25 @@ def fisher_diagonal(
     require_finite(model)
     if torch.nn.modules.module._global_forward_hooks:
         raise ValueError("forward hooks of all modules are registered, and may change what layers return; remove them")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.bfloat16 or None, got {dtype}")
     device = device_of(model)
-    generator = torch.Generator(device).manual_seed(seed)
+    ranks = sharing(model)
+    model = unwrapped(model)
     with eager(), preserved(model), torch.enable_grad():
         targets = _select(model, params)
         chosen = {id(p) for p in targets.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
-        work = _Work(model, loss_fn, kind, sample, generator, targets, _autocast(device))
-        for batch in track(read(batches, name, device), f"Fisher diagonal, {name}", progress):
-            work.add(batch)
-    if not work.samples:
+        sums = Sums(targets, ranks, dtype, seed, offload)
+        work = _Work(model, loss_fn, kind, sample, seed, sums, _autocast(device), ranks)
+        for batch, counts in track(together(batches, name, device, ranks), f"Fisher diagonal, {name}", progress):
+            work.add(batch, counts)
+            reshard(model)
+    samples = sum(ranks.gather(work.samples))
+    if not samples:
         raise ValueError(f"{name} has no position with a label other than {IGNORED}")
-    values = {key: value.div_(work.samples) for key, value in work.sums.items()}
-    return FisherDiagonal(values, work.samples, kind, sample)
+    return FisherDiagonal(sums.mean(samples), samples, kind, sample)
 
 
 def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None = None) -> dict[str, str]:
@@ -230,8 +255,7 @@ def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None
     with eager(), preserved(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is slow is in the answer
         targets = _select(model, None)
-        generator = torch.Generator(device).manual_seed(0)
-        work = _Work(model, loss_fn, "empirical", "sequence", generator, targets, _autocast(device))
+        work = _Work(model, loss_fn, "empirical", "sequence", 0, Sums(targets, ALONE), _autocast(device), ALONE)
         work.add(next(read(batches, "batches", device)))
     plan = work.plan
     assert plan is not None  # add() raises where there is none
@@ -286,15 +310,19 @@ class _Work:
         loss_fn: LossFunction | None,
         kind: Kind,
         sample: Sample,
-        generator: torch.Generator,
-        targets: dict[str, nn.Parameter],
+        seed: int,
+        sums: Sums,
         autocast: Callable[[], AbstractContextManager[Any]],
+        ranks: Ranks,
     ) -> None:
-        self.model, self.loss_fn, self.kind, self.sample, self.generator = model, loss_fn, kind, sample, generator
-        self.targets, self.autocast = targets, autocast
-        self.device = generator.device
-        self.sums = {name: zeros_for(p) for name, p in targets.items()}
+        loss_fn = loss_for(model, loss_fn, sample == "token")
+        self.model, self.loss_fn, self.kind, self.sample, self.seed = model, loss_fn, kind, sample, seed
+        self.targets, self.sums, self.autocast, self.ranks = sums.parameters, sums, autocast, ranks
+        self.device = device_of(model)
+        self.generator = torch.Generator(self.device)
         self.samples = 0
+        self.batches = 0  # of all ranks, of which this one is at number ``batches + rank``
+        self.aliases = Aliases(model) if sums.sharded else None
         self.plan: Plan | None = None
         self.compared = False  # a sample's loss alone with its loss in company
         self.warned: set[str] = set()
@@ -308,7 +336,33 @@ class _Work:
         with self.autocast():
             return self.loss(batch.outputs(self.model), batch.targets, batch.size)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, counts: bool = True) -> None:
+        """Add the batch's squares, or, of one that does not count, take part in what the ranks do together."""
+        before = self.samples
+        self.generator.manual_seed(derived_seed(self.seed, self.batches + self.ranks.rank))
+        if self.sums.sharded:
+            self._add_sharded(batch)
+        else:
+            self._add_planned(batch)
+        self.batches += self.ranks.size
+        if not counts:
+            self.samples = before
+            self.sums.cancel()
+        self.sums.flush()
+
+    def _add_sharded(self, batch: Batch) -> None:
+        """Every pass is a collective, so all ranks plan alike, and no layer is ever run by itself."""
+        one = None
+        if self.plan is None:
+            owners = ruled_owners(dict(self.model.named_modules()))  # before a pass leaves weights gathered
+            one = probe(self.model, self.losses_of, batch, self.device, self.aliases)
+            self.plan = sharded_plan(
+                self.model, self.losses_of, batch, one, owners, self.targets, self.autocast, self.aliases
+            )
+        if self._add(batch, list(self.plan.units), self.plan, one) is None:
+            raise ValueError(_UNSTEADY)
+
+    def _add_planned(self, batch: Batch) -> None:
         """Plan if this is the first batch or one that the plan does not fit, then add the batch's squares."""
         alone = not self.compared and batch.size > 1
         one = probe(self.model, self.losses_of, batch, self.device) if alone or self.plan is None else None
@@ -348,7 +402,7 @@ class _Work:
     ) -> Plan | None:
         """Add one batch's squares; returns the plan, or None with nothing added where the batch does not fit it."""
         with ExitStack() as stack:
-            taps, substitution = Taps(), Substitution()
+            taps, substitution = Taps(self.aliases), Substitution()
             stack.callback(taps.close)
             squares = _Squares(self.sums, batch.size, self._running_again(substitution))
             if isinstance(plan, Plan):
@@ -361,6 +415,8 @@ class _Work:
             records: dict[nn.Module, list[Record]] = {module: [] for module in modules}
 
             def on_call(call: Call) -> None:
+                if self.aliases is not None:
+                    self.aliases.see(call.module)
                 records[call.module].append(Record.of(call, True, taps, squares.arrived))
 
             with recording(modules, on_call), self.autocast():
@@ -416,6 +472,11 @@ class _Work:
     def _passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         """The backward passes of a batch: what to differentiate, how many samples it completes, whether it is the
         last. In each, every sample of the batch has one gradient."""
+        if is_next_token_loss(self.loss_fn):
+            return fisher_passes(outputs, batch.targets, self.kind, self.sample, self.generator, self.autocast)
+        return self._classifier_passes(outputs, batch)
+
+    def _classifier_passes(self, outputs: Any, batch: Batch) -> Iterator[tuple[Tensor, int, bool]]:
         labels: list[tuple[Any, Tensor | None]]
         if self.kind == "empirical":
             labels = [(batch.targets, None)]
@@ -483,9 +544,7 @@ def _keep_ignored(labels: Tensor, targets: Any) -> Tensor:
 class _Squares:
     """What becomes of the gradients of one batch as they arrive: squares in the sums, and nothing else."""
 
-    def __init__(
-        self, sums: Mapping[str, Tensor], samples: int, context: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, sums: Sums, samples: int, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self.sums, self.samples, self.context = sums, samples, context
 
     def expect(self, plan: Plan, observed: Observed, last: bool) -> None:
@@ -510,8 +569,8 @@ class _Squares:
 
     def take(self, name: str, grad: Tensor) -> None:
         """The gradient of a parameter with one copy per sample."""
-        with torch.no_grad():
-            add_squares(self.sums[name], grad)
+        with torch.no_grad(), self._into(name) as region:
+            add_squares(region, grad)
 
     def arrived(self, record: Record) -> None:
         """All gradients of a call are there."""
@@ -540,9 +599,17 @@ class _Squares:
             per_sample = partial(spread, samples=self.samples, form=unit.spread)
             args, kwargs = map_tensors((call.args, call.kwargs), unit.input_axes, lambda t, _: per_sample(t))
             call = replace(call, args=args, kwargs=kwargs)
-        uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
+        grads = tuple(record.grads)
+        parallel = is_parallel(call, grads)
+        uses = {} if parallel else rule(unit.module, Seen(call, *axes, grads))
         for local, name in self.names[unit.module]:
-            self.uses[name].append((self.order[id(record)], uses[local]))
+            if parallel:
+                here, theirs = on_this_rank(unit.module, local, call, grads)
+                seen = Seen(here, *axes, theirs)
+                use = looked_up_here(rule(unit.module, seen)[local], self.plan.parameters[name])
+            else:
+                use = uses[local]
+            self.uses[name].append((self.order[id(record)], use))
             self.calls[name] -= 1
             if not self.calls[name]:
                 self._square(name)
@@ -550,13 +617,23 @@ class _Squares:
     def _square(self, name: str) -> None:
         # Gradients arrive from the last call to the first; rules are given the first call first.
         uses = sorted(self.uses.pop(name), key=lambda pair: pair[0])
-        for use in joined([use for _, use in uses]):
-            use.add_to(self.sums[name])
+        with self._into(name) as region:
+            for use in joined([use for _, use in uses]):
+                use.add_to(region)
+
+    @contextmanager
+    def _into(self, name: str) -> Iterator[Tensor]:
+        """What to add the squares of a parameter to; they are all there when the block ends."""
+        region = self.sums.region(name)
+        yield region
+        self.sums.complete(name, region)
 
     def _run_again(self, module: nn.Module) -> None:
         fallback, records = self.fallbacks[module], self.again.pop(module)
-        parameters = [(self.plan.parameters[n], self.sums[n]) for n in fallback.names]
-        fallback.add(records, parameters, self.samples, self.context)
+        with ExitStack() as stack:
+            regions = [stack.enter_context(self._into(name)) for name in fallback.names]
+            parameters = list(zip((self.plan.parameters[n] for n in fallback.names), regions, strict=True))
+            fallback.add(records, parameters, self.samples, self.context)
         if self.last:
             for record in records:
                 record.call, record.grads = None, []

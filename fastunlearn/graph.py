@@ -9,12 +9,30 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 Key = tuple[Node, int]  # an output of a node: one tensor of the forward pass
+
+
+class Aliases:
+    """FSDP2 lets a module run with gathered parameters, which are others than those it has at rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._at_rest = {module: dict(module._parameters) for module in model.modules() if module._parameters}
+        self._known: dict[int, int] = {}
+
+    def see(self, module: nn.Module) -> None:
+        """To be called while the module runs."""
+        for local, parameter in self._at_rest.get(module, {}).items():
+            running = module._parameters[local]
+            if parameter is not None and running is not None and running is not parameter:
+                self._known[id(running)] = id(parameter)
+
+    def __getitem__(self, running: int) -> int:
+        return self._known.get(running, running)
 
 
 @dataclass
@@ -26,22 +44,24 @@ class Survey:
         reached: the marked tensors that the result depends on.
         frontier: those of them that depend on no other marked tensor.
         kinds: how many nodes there are of each kind.
+        aliases: for other walks over the same graph.
     """
 
     edges: Counter[int]
     reached: set[Key]
     frontier: set[Key]
     kinds: Counter[str]
+    aliases: Aliases | None = None
 
 
-def survey(result: Tensor, marked: Container[Key]) -> Survey:
+def survey(result: Tensor, marked: Container[Key], aliases: Aliases | None = None) -> Survey:
     """One walk over the graph of ``result``, O(nodes); raises ValueError where a node hides uses of parameters."""
     edges: Counter[int] = Counter()
     reached: set[Key] = set()
     users: dict[Node, list[Node]] = defaultdict(list)
     above: set[Node] = set()  # nodes with a marked tensor further upstream
     if not result.requires_grad:
-        return Survey(edges, reached, set(), Counter())
+        return Survey(edges, reached, set(), Counter(), aliases)
     root = get_gradient_edge(result)
     if (root.node, root.output_nr) in marked:
         reached.add((root.node, root.output_nr))
@@ -57,7 +77,7 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
                 above.add(node)
             variable = _variable(upstream)
             if variable is not None:
-                edges[id(variable)] += 1
+                edges[id(variable) if aliases is None else aliases[id(variable)]] += 1
                 continue
             users[upstream].append(node)
             if upstream not in seen:
@@ -70,7 +90,7 @@ def survey(result: Tensor, marked: Container[Key]) -> Survey:
                 above.add(node)
                 waiting.append(node)
     kinds = Counter(type(node).__name__ for node in seen)
-    return Survey(edges, reached, {key for key in reached if key[0] not in above}, kinds)
+    return Survey(edges, reached, {key for key in reached if key[0] not in above}, kinds, aliases)
 
 
 _REENTRANT = (
@@ -130,7 +150,8 @@ class Taps:
     after an exception: hooks, graph and callbacks hold one another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: Aliases | None = None) -> None:
+        self._aliases = aliases
         self._edges: dict[Key, GradientEdge] = {}
         self._callbacks: dict[int, list[Callable[[Tensor], None]]] = {}
         self._indices: dict[Key, int] = {}
@@ -158,7 +179,7 @@ class Taps:
         return grad.new_zeros(()).expand_as(grad) if index in self._ends else None
 
     def survey(self, result: Tensor) -> Survey:
-        return survey(result, self._edges)
+        return survey(result, self._edges, self._aliases)
 
     def backward(self, result: Tensor, ends: Iterable[Key], retain_graph: bool = False) -> None:
         """Bring gradients as far as ``ends``, the frontier of a survey: on the way no weight gradient is computed."""

@@ -29,6 +29,7 @@ _ops: Any = torch.ops.fastunlearn
 
 __all__ = [
     "add_column_noise_",
+    "add_rounded_",
     "cholesky_inverse_",
     "codec_choose_",
     "codec_scores",
@@ -308,6 +309,7 @@ def threshold_reset_(
     eps: PerTensor = 0.0,
     init: Sequence[Tensor] | None = None,
     lambda_: float = 1.0,
+    means: Sequence[float] | Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Reset the weights whose ratio forget / (retain + eps) passes gamma, for a whole list of tensors in one launch.
 
@@ -325,6 +327,7 @@ def threshold_reset_(
         eps: added to ``retain``, not negative, in the units of an importance; as ``gamma``, one or one per tensor.
         init: shaped and typed like the weights, for ``mode="init"``.
         lambda_: positive, for ``mode="dampen"``.
+        means: one per tensor, in place of their own for ``mode="mean"``, where tensors are shards of larger ones.
 
     Returns:
         masks: per tensor the reset weights as bits, int32 [ceil(numel / 32)] (see :func:`unpack_mask`).
@@ -348,7 +351,11 @@ def threshold_reset_(
     rules = torch.zeros(len(weights), 3, dtype=torch.float64, device=device)
     _assign(rules[:, 0], "gamma", gamma, positive=True)
     _assign(rules[:, 1], "eps", eps)
-    if mode == "mean" and weights:
+    if (means is not None) > (mode == "mean"):
+        raise ValueError('means= is for mode="mean"')
+    if means is not None:
+        rules[:, 2] = torch.as_tensor(means, dtype=torch.float64)
+    elif mode == "mean" and weights:
         rules[:, 2] = torch.stack([w.detach().mean(dtype=_accumulator(w)).double() for w in weights]).nan_to_num()
     number = {"init": 1, "dampen": 2}.get(mode, 0)
     _ops.threshold_reset_(
@@ -386,6 +393,7 @@ def select_gamma(
     fraction: float,
     eps: PerTensor = 0.0,
     per_tensor: bool = False,
+    reduce: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The gamma above which the given share of the live weights lies: exact, with no sort and no copy.
 
@@ -397,6 +405,8 @@ def select_gamma(
         forget, retain, eps: as :func:`threshold_reset_`.
         fraction: between 0 and 1.
         per_tensor: one gamma for each tensor instead of one for all.
+        reduce: called with each table of counts, int64 on the device of the importances, to replace it by its sum over
+            ranks that hold other shards of the same tensors; the selection is then exact over all of them.
 
     Returns: float32, 0-dimensional or [tensors], on the device of the importances; NaN where no weight is live, which
     resets nothing. The host waits for nothing, given a number or a tensor on the device as ``eps``.
@@ -413,6 +423,8 @@ def select_gamma(
     prefix = torch.zeros(rows, dtype=torch.int32, device=device)
     for level in range(_LEVELS):
         counts = _count(forget, retain, table, prefix, level)
+        if reduce is not None:
+            reduce(counts)
         if level == 0:
             live = counts.sum(1)
             rank = torch.minimum((live.double() * fraction).round().long(), live - 1)  # of larger ratios
@@ -732,6 +744,38 @@ def add_column_noise_(values: Tensor, scales: Tensor, seed: int) -> Tensor:
     return values
 
 
+def add_rounded_(
+    sums: Sequence[Tensor], addends: Sequence[Tensor], seed: int, step: int, offsets: Sequence[int]
+) -> Sequence[Tensor]:
+    """sums_i += addends_i in bfloat16 with stochastic rounding, for a whole list in one launch; returns ``sums``.
+
+    The float32 sum is rounded to the bfloat16 below or above it, above with a probability of its distance from the one
+    below, so that the result is the float32 sum on average, where rounding to nearest would lose every addend below
+    2**-9 of its sum. A float32 sum that bfloat16 can represent stays as it is; beyond the largest finite bfloat16 it is
+    rounded to nearest; infinities stay infinite, and NaN becomes the one quiet NaN.
+
+    The 16 random bits of element j of tensor i are a function of (seed, step, offsets[i] + j) alone, j counting in
+    row-major order: parts of a parameter that begin at their flat position get the bits of the whole, and results
+    depend neither on the device nor on the number of threads. Tensors whose ranges of positions overlap share their
+    bits, so independent ones need ranges of their own, and every addition to a tensor a step of its own.
+
+    Args:
+        sums: bfloat16, written in place, on one device. Those that are not contiguous are staged through a copy.
+        addends: float32, shaped like the sums.
+        seed, step: any int64.
+        offsets: position of the first element of each tensor, from 0 to 2**62 - 1.
+
+    Cost: 6 bytes read and 2 written per element, and a Philox counter for every eight; eight are one vector on CUDA
+    where an element at a position that is a multiple of 8 lies on 16 bytes. Source: Philox4x32-10, Salmon et al. 2011.
+    """
+    if not sums and not addends and not offsets:
+        return sums  # nothing that could tell the dispatcher a device
+    staged = [s if s.is_contiguous() else s.contiguous() for s in sums]
+    _ops.add_rounded_(staged, list(addends), seed, step, list(offsets))
+    _write_back(sums, staged)
+    return sums
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     """The fake kernel of every operator here: they write into their arguments and return nothing."""
 
@@ -741,5 +785,6 @@ for _name in (
     "threshold_reset_", "ratio_histogram_", "mask_grads_", "masked_sgd_", "masked_adamw_",
     "grouped_mm_", "sketch_", "cholesky_inverse_", "orthogonal_rows_",
     "gram_accumulate_conv2d_", "codec_scores_", "codec_choose_", "add_column_noise_",
+    "add_rounded_",
 ):  # fmt: skip
     torch.library.register_fake(f"fastunlearn::{_name}", _nothing)

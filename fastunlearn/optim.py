@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import ops
+from fastunlearn.parallel.ranks import local
 
 
 class _MaskedOptimizer(torch.optim.Optimizer):
@@ -26,7 +27,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         kept = self._moments if defaults.get("momentum", True) else ()
         for p, mask in zip(params, masks, strict=True):
-            starts = ops.mask_starts(mask, p.numel())
+            starts = ops.mask_starts(mask, local(p).numel())
             length = int(starts[-1])
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             moments = {name: torch.zeros(length, dtype=dtype, device=p.device) for name in kept}
@@ -62,8 +63,8 @@ class _MaskedOptimizer(torch.optim.Optimizer):
             for step, params in at_step.items():
                 names = self.state[params[0]].keys() - {"step"}
                 state = {name: [self.state[p][name] for p in params] for name in names}
-                grads = [p.grad for p in params if p.grad is not None]
-                self._launch([p.data for p in params], grads, state, group, step)
+                grads = [local(p.grad) for p in params if p.grad is not None]
+                self._launch([local(p.data) for p in params], grads, state, group, step)
         return loss
 
     def _launch(
@@ -81,7 +82,7 @@ class MaskedSGD(_MaskedOptimizer):
     """torch.optim.SGD on the weights whose mask bit is 1: the others keep every bit and have no momentum buffer.
 
     Args:
-        params: parameters, in the order of ``masks``.
+        params: parameters, in the order of ``masks``; of DTensors this rank's shard is meant, by mask and step.
         masks: int32 [ceil(numel / 32)] each, as :func:`fastunlearn.ops.threshold_reset_` returns them.
         lr, momentum, weight_decay, nesterov: as in torch.optim.SGD.
 

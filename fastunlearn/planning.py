@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map_only
 
 from fastunlearn.data import Batch
-from fastunlearn.graph import Survey, Taps, edges_between, require_no_reentrant_checkpoint
+from fastunlearn.graph import Aliases, Survey, Taps, edges_between, require_no_reentrant_checkpoint
 from fastunlearn.hooks import Call, recording
 from fastunlearn.rules import applies, joinable, rule_of
 from fastunlearn.units import (
@@ -115,7 +115,8 @@ class Plan:
 def edges_inside(observed: Observed, module: nn.Module) -> Counter[int]:
     """Uses of parameters between what the module was given and what it returned."""
     uses = set[Edge]().union(*(edges_inside_call(observed, record) for record in observed.records.get(module, [])))
-    return Counter(parameter for _, _, parameter in uses)
+    aliases = observed.survey.aliases
+    return Counter(parameter if aliases is None else aliases[parameter] for _, _, parameter in uses)
 
 
 def edges_inside_call(observed: Observed, record: Record) -> set[Edge]:
@@ -136,12 +137,16 @@ class Probe:
 
 
 @contextmanager
-def observing(model: nn.Module, losses_of: Losses, batch: Batch, keep: bool) -> Iterator[tuple[Observed, Tensor]]:
+def observing(
+    model: nn.Module, losses_of: Losses, batch: Batch, keep: bool, aliases: Aliases | None = None
+) -> Iterator[tuple[Observed, Tensor]]:
     """One pass with all modules recorded, and its losses; the graph is let go at the end of the block."""
-    taps, records = Taps(), defaultdict(list)
+    taps, records = Taps(aliases), defaultdict(list)
 
     def on_call(call: Call) -> None:
         require_no_reentrant_checkpoint()
+        if aliases is not None:
+            aliases.see(call.module)
         records[call.module].append(Record.of(call, keep, taps, whole=keep))
 
     try:
@@ -152,10 +157,12 @@ def observing(model: nn.Module, losses_of: Losses, batch: Batch, keep: bool) -> 
         taps.close()
 
 
-def probe(model: nn.Module, losses_of: Losses, batch: Batch, device: torch.device) -> Probe:
+def probe(
+    model: nn.Module, losses_of: Losses, batch: Batch, device: torch.device, aliases: Aliases | None = None
+) -> Probe:
     """Of the last sample: one that sums over those before it show in."""
     before = _random_state(device)
-    with observing(model, losses_of, batch[-1:], keep=False) as (observed, losses):
+    with observing(model, losses_of, batch[-1:], keep=False, aliases=aliases) as (observed, losses):
         losses = losses.detach()
     shapes = {m: [(r.inputs, r.outputs) for r in records] for m, records in observed.records.items()}
     reached = Counter({m: observed.reached(m) for m in observed.records})
@@ -273,6 +280,7 @@ class _Search:
     context: Context
     device: torch.device
     copies: bool  # whether values without samples may be spread over them
+    trials: bool = True  # whether parts of the model may be run by themselves to see if that is right
     units: dict[str, Unit | None] = field(default_factory=dict)
     inner: dict[nn.Module, Counter[int]] = field(default_factory=dict)
     tables: dict[nn.Module, Unit | None] = field(default_factory=dict)
@@ -359,6 +367,43 @@ def full_plan(
     return plan
 
 
+def sharded_plan(
+    model: nn.Module,
+    losses_of: Losses,
+    batch: Batch,
+    one: Probe,
+    owners: Mapping[int, Sequence[Owner]],
+    parameters: dict[str, nn.Parameter],
+    context: Context,
+    aliases: Aliases | None,
+) -> Plan:
+    """The plan of a model whose layers can not be run by themselves, because their weights are elsewhere: rules alone.
+
+    A table of positions is spread over the samples without a trial; that the first batch's losses are still those of
+    its samples is what proves it right. Raises ValueError with the parameters that no rule accounts for.
+    """
+    pair = batch[:2] if batch.size > 1 else _doubled(batch)
+    with observing(model, losses_of, pair, keep=True, aliases=aliases) as (two, _):
+        device = next(iter(parameters.values())).device
+        search = _Search(one, two, dict(model.named_modules()), context, device, copies=True, trials=False)
+        plan, unruled = Plan(parameters), []
+        for name, parameter in parameters.items():
+            if two.survey.edges[id(parameter)]:
+                found = owners[id(parameter)]
+                _require_constant(found)
+                uses = _ruled_uses(search, parameter, found)
+                if uses is None:
+                    unruled.append(name)
+                else:
+                    plan.rules[name] = uses
+    if unruled:
+        raise ValueError(
+            f"no kernel accounts for every use of {', '.join(unruled)}; a sharded model's layers can not be run by "
+            "themselves instead: pass params= without them, or use DistributedDataParallel"
+        )
+    return plan
+
+
 def _doubled(batch: Batch) -> Batch:
     args, kwargs, targets = tree_map_only(
         Tensor, lambda t: torch.cat([t, t]), (batch.args, batch.kwargs, batch.targets)
@@ -398,7 +443,7 @@ def _table(search: _Search, unit: Unit, parameter: nn.Parameter, owners: Sequenc
         if len(unit.input_axes) == len(unit.output_axes) == 1 and all(shapes):
             form = -1 if all(shape[0] == 1 for shape in shapes) else 0
             around = next(search.around(parameter, owners), None)
-            if around is not None and _spreads(search, around, unit.module, None, form):
+            if around is not None and (not search.trials or _spreads(search, around, unit.module, None, form)):
                 search.tables[unit.module] = Unit(unit.name, unit.module, (0,), (0,), unit.single, form)
     return search.tables[unit.module]
 

@@ -180,8 +180,9 @@ def pack_mask(mask: Tensor) -> Tensor:
 def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of :func:`pack_mask`: int32 words -> bool of ``shape``."""
     count = torch.Size(shape).numel()
-    bits = words.to(torch.int64)[:, None] >> torch.arange(32, device=words.device)
-    return (bits & 1).to(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
+    octets = words.contiguous().view(torch.uint8)  # the low one first; a byte a bit at most is held
+    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)
+    return bits.bitwise_and_(1).view(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
 
 
 def normal_matrix(seed: int, rows: int, columns: int) -> Tensor:
@@ -190,16 +191,10 @@ def normal_matrix(seed: int, rows: int, columns: int) -> Tensor:
     Counter (row // 4, column) gives rows 4 i to 4 i + 3 of a column: two pairs, radius from the 24 upper bits of one
     word, angle from the 26 upper bits of the next.
     """
-    low = 2**32 - 1
     blocks = -(-rows // 4)
     row = torch.arange(blocks)[:, None].expand(blocks, columns)
     column = torch.arange(columns)[None, :].expand(blocks, columns)
-    c = [row & low, row >> 32, column & low, column >> 32]
-    k0, k1 = seed & low, seed >> 32 & low
-    for _ in range(10):
-        first, second = _wide_product(0xD2511F53, c[0]), _wide_product(0xCD9E8D57, c[2])
-        c = [second[0] ^ c[1] ^ k0, second[1], first[0] ^ c[3] ^ k1, first[1]]
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    c = _philox(seed, row, column)
     out = torch.empty(blocks, 4, columns, dtype=torch.float64)
     for pair in range(2):
         u = ((c[2 * pair] >> 8).double() + 0.5) * 2.0**-24
@@ -210,12 +205,52 @@ def normal_matrix(seed: int, rows: int, columns: int) -> Tensor:
     return out.reshape(4 * blocks, columns)[:rows]
 
 
+def _philox(key: int, low: Tensor, high: Tensor) -> list[Tensor]:
+    """Philox4x32-10: the four 32-bit words of every counter, in int64; ``low`` and ``high`` are its int64 halves."""
+    word = 2**32 - 1
+    c = [low & word, low >> 32 & word, high & word, high >> 32 & word]
+    k0, k1 = key & word, key >> 32 & word
+    for _ in range(10):
+        first, second = _wide_product(0xD2511F53, c[0]), _wide_product(0xCD9E8D57, c[2])
+        c = [second[0] ^ c[1] ^ k0, second[1], first[0] ^ c[3] ^ k1, first[1]]
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    return c
+
+
 def _wide_product(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
     """Upper and lower 32 bits of factor * words, all below 2**32, in int64 that may not overflow."""
     upper, lower = factor >> 16, factor & 0xFFFF
     low = lower * words  # < 2**48
     high = upper * words + (low >> 16)  # < 2**48 + 2**32
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def rounding_bits(seed: int, step: int, offset: int, count: int) -> Tensor:
+    """The random 16 bits at positions offset to offset + count - 1, int64 [count].
+
+    Counter (position // 8, step) gives eight: the lower and the upper half of each of its four words.
+    """
+    first, last = offset // 8, -(-(offset + count) // 8)
+    octet = torch.arange(first, last)
+    words = torch.stack(_philox(seed, octet, torch.full_like(octet, step)), 1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], 2).reshape(-1)
+    return bits[offset - 8 * first :][:count]
+
+
+def add_rounded_(
+    sums: Sequence[Tensor], addends: Sequence[Tensor], seed: int, step: int, offsets: Sequence[int]
+) -> Sequence[Tensor]:
+    """sums_i += addends_i in float32, then to bfloat16: away from zero where the lower half and random bits carry."""
+    for total, addend, offset in zip(sums, addends, offsets, strict=True):
+        exact = (total.float() + addend).cpu().reshape(-1)
+        bits = exact.view(torch.int32).long()
+        kept, lower = bits >> 16 & 0x7FFF, bits & 0xFFFF
+        random = rounding_bits(seed, step, offset, len(bits))
+        away = torch.where(kept == 0x7F7F, lower >= 0x8000, lower + random >= 0x10000)  # to nearest at the top
+        magnitude = torch.where(exact.isnan(), 0x7FC0, kept + away).to(torch.int16).view(torch.bfloat16)
+        negative = (bits < 0) & ~exact.isnan()
+        total.copy_(torch.where(negative, -magnitude, magnitude).reshape(total.shape))
+    return sums
 
 
 def sketch_(out: Sequence[Tensor], matrices: Sequence[Tensor], seeds: Sequence[int], transpose: bool = False) -> None:

@@ -11,10 +11,12 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -157,6 +159,12 @@ def _rms_norm(module: nn.RMSNorm, seen: Seen) -> dict[str, Use]:
     return _affine(g.flatten(-len(shape)), lambda: F.rms_norm(x, shape, eps=module.eps).flatten(-len(shape)), -1)
 
 
+def _root_mean_square_norm(module: nn.Module, seen: Seen) -> dict[str, Use]:
+    """One that :func:`_rms_eps` has recognised; the weight and 1 + weight have the same derivative."""
+    x, g = seen.xg
+    return _affine(g, lambda: F.rms_norm(x, x.shape[-1:], eps=_rms_eps(module)), -1)
+
+
 def _group_norm(module: nn.GroupNorm, seen: Seen) -> dict[str, Use]:
     x, g = seen.xg
     return _affine(g, lambda: F.group_norm(x, module.num_groups, eps=module.eps), 1)
@@ -187,6 +195,17 @@ def _prelu(module: nn.PReLU, seen: Seen) -> dict[str, Use]:
 def _embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
     x, g = seen.x, seen.g
     return {"weight": Table(lambda chunk: (x[chunk], g[chunk]), len(g), padding_idx=module.padding_idx)}
+
+
+def _scaled_embedding(module: nn.Embedding, seen: Seen) -> dict[str, Use]:
+    """One that :func:`_embedding_scale` has recognised."""
+    x, g, scale = seen.x, seen.g, _embedding_scale(module)
+    assert scale is not None
+
+    def gather(chunk: slice) -> tuple[Tensor, Tensor]:
+        return x[chunk], g[chunk].to(_wide(g)) * scale
+
+    return {"weight": Table(gather, len(g), g[0].numel() * 4, module.padding_idx)}
 
 
 def _embedding_bag(module: nn.EmbeddingBag, seen: Seen) -> dict[str, Use]:
@@ -266,7 +285,134 @@ def rule_of(module: nn.Module) -> Rule | None:
             getattr(type(module), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward")
         ):
             return rule
-    return _transposed_linear if _is_transposed_linear(module) else None
+    if _is_transposed_linear(module):
+        return _transposed_linear
+    if _embedding_scale(module) is not None:
+        return _scaled_embedding
+    return _root_mean_square_norm if _rms_eps(module) is not None else None
+
+
+def _rms_eps(module: nn.Module) -> float | None:
+    """The epsilon of an RMSNorm as transformers writes them (Llama's, Gemma's with 1 + weight, T5's), each a class of
+    its own; None of anything else.
+
+    Recognised by what its forward computes, not by its name: a module of one vector ``weight`` with an epsilon whose
+    forward takes one tensor is tried, once per class and settings, on small random inputs. A stand-in with a weight of
+    its own is what runs, for the module's own may be sharded.
+    """
+    own = vars(module)
+    if list(own["_parameters"]) != ["weight"] or own["_modules"] or own["_buffers"] or "forward" in own:
+        return None
+    # What else it has, a forward that needs it will miss.
+    settings = {name: value for name, value in own.items() if name not in _MODULE_STATE and _is_plain(value)}
+    epsilons = [value for name, value in settings.items() if "eps" in name and isinstance(value, float)]
+    weight = own["_parameters"]["weight"]
+    if len(epsilons) != 1 or weight is None or weight.dim() != 1 or not len(weight):
+        return None
+    known = _is_rms_norm(_own_class(module), len(weight), module.training, tuple(sorted(settings.items())))
+    return epsilons[0] if known else None
+
+
+def _own_class(module: nn.Module) -> Any:
+    """Without what fully_shard puts before it, which is not to be made by hand and has no forward of its own."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def _stand_in(cls: Any, weight: Tensor, training: bool, settings: tuple[tuple[str, Any], ...]) -> Any:
+    """A module of the class without its ``__init__``: no hooks, these settings, a weight of its own."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.training = training
+    vars(module).update(settings)
+    module.weight = nn.Parameter(weight)
+    return module
+
+
+def _takes_one(cls: Any) -> bool:
+    """Whether the forward of a class takes one argument: no gate, no scale of the call."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())
+    return len(parameters) == 2 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+# What a forward of somebody else's may raise when it is not for what it was given.
+_NO = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _embedding_scale(module: nn.Module) -> float | None:
+    """The number that an Embedding with a forward of its own multiplies what it looks up by, as Gemma's does; None of
+    anything else. Recognised as RMSNorm is, in the dtype of the table, to which the number may be rounded."""
+    own = vars(module)
+    if not isinstance(module, nn.Embedding) or list(own["_parameters"]) != ["weight"] or own["_modules"]:
+        return None
+    buffers = own["_buffers"]
+    if any(b is None or b.numel() != 1 or b.is_meta for b in buffers.values()):
+        return None
+    settings = {name: value for name, value in own.items() if name not in _MODULE_STATE and _is_plain(value)}
+    scalars = {name: (b.item(), b.dtype) for name, b in buffers.items()}
+    return _scale_of(
+        _own_class(module), module.weight.dtype, len(module.weight), module.training,
+        tuple(sorted(settings.items())), tuple(sorted(scalars.items())),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _scale_of(
+    cls: Any, dtype: torch.dtype, rows: int, training: bool,
+    settings: tuple[tuple[str, Any], ...], buffers: tuple[tuple[str, tuple[Any, torch.dtype]], ...],
+) -> float | None:  # fmt: skip
+    if not _takes_one(cls):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # Powers of two, which multiply without rounding.
+    table = torch.exp2(torch.randint(-3, 4, (rows, 4), generator=generator)).to(dtype)
+    table *= torch.randint(0, 2, table.shape, generator=generator) * 2 - 1
+    ids = torch.randint(0, rows, (3, 5), generator=generator)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        module = _stand_in(cls, table.clone(), training, settings)
+        for name, (value, kind) in buffers:
+            module.register_buffer(name, torch.tensor(value, dtype=kind))
+        try:
+            found = cls.forward(module, ids)
+        except _NO:
+            return None
+        if not isinstance(found, Tensor) or found.shape != (*ids.shape, 4):
+            return None
+        scale = (found[0, 0, 0] / table[ids[0, 0], 0]).item()
+        return scale if torch.equal(found, (table[ids] * scale).to(found.dtype)) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """A setting, not state."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, torch.dtype, type(None)))
+
+
+@lru_cache(maxsize=1024)
+def _is_rms_norm(cls: Any, size: int, training: bool, settings: tuple[tuple[str, Any], ...]) -> bool:
+    if not _takes_one(cls):
+        return False
+    eps: float = next(value for name, value in settings if "eps" in name and isinstance(value, float))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        for shape in ((3, size), (2, 3, size), (2, 1, 3, size)):
+            weight, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((size,), shape))
+            # Of a mean beside zero, and as small as epsilon is felt, ordinary, and large.
+            x = (x + 0.5) * torch.tensor([max(eps, 1e-12) ** 0.5, 1.0, 100.0], dtype=torch.float64)[:, None]
+            try:
+                found = cls.forward(_stand_in(cls, weight, training, settings), x.clone())
+            except _NO:
+                return False
+            if not isinstance(found, Tensor) or found.shape != x.shape:
+                return False
+            normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            # Most compute in float32 whatever they are given.
+            if not any(torch.allclose(found.double(), w * normalized, 1e-5, 1e-6) for w in (weight, 1 + weight)):
+                return False
+    return True
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -336,7 +482,8 @@ def _kind(module: nn.Module, local: str) -> str | None:
         return None  # what a parametrization computes the weight from
     if isinstance(module, _ConvNd):
         return f"patches of {module.groups} groups"
-    return next((kind for cls, (_, kind) in RULES.items() if isinstance(module, cls)), "rows")
+    unlisted = "rows" if is_transposed(module) else "norm"  # Conv1D, an RMSNorm of another class
+    return next((kind for cls, (_, kind) in RULES.items() if isinstance(module, cls)), unlisted)
 
 
 _ATTENTION = {

@@ -49,23 +49,36 @@ class Slot:
     @property
     def region(self) -> Tensor:
         """What of the parameter the slot may write: a view [groups * p, ...] of it, d elements to a row."""
-        weight = self.parameter.detach()
+        return self.region_of(self.parameter.detach())
+
+    def region_of(self, weight: Tensor) -> Tensor:
+        """The slot's region of any tensor laid out as its parameter."""
         if self.part == "transposed":
             return weight.mT
-        if self.key.endswith("in_proj_weight"):
+        if self.packed:
             return weight.chunk(3)["qkv".index(self.part)]
         return weight
 
     @property
+    def packed(self) -> bool:
+        """Whether the parameter holds the projections of queries, keys and values one after another."""
+        return self.key.endswith("in_proj_weight")
+
+    @property
     def layout(self) -> tuple[str, int]:
         """Slots on one parameter whose layouts agree are uses of the same weight."""
-        whole = self.part != "transposed" and not self.key.endswith("in_proj_weight")
-        return "weight" if whole else self.part, self.groups
+        return self.part if self.part == "transposed" or self.packed else "weight", self.groups
 
     @property
     def dim(self) -> int:
         """d, columns of a row."""
-        return self.region[0].numel()
+        shape = self.parameter.shape
+        return shape[0] if self.part == "transposed" else math.prod(shape[1:])
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight, whatever part of it this process holds."""
+        return self.parameter.numel() // (3 if self.packed else 1)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [groups, p, d] in ``dtype``."""

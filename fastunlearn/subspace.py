@@ -15,21 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, read
+from fastunlearn.data import IGNORED, Batch, Batches, read
 from fastunlearn.hooks import Call, device_of, preserved, recording, without_fused_attention
+from fastunlearn.language import is_causal_lm
 from fastunlearn.lowrank import StreamingSketch, batched_rsvd, grouped_rows, power_of_two
 from fastunlearn.outcome import track
+from fastunlearn.parallel.deal import together
+from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.weights import whole
 from fastunlearn.slots import Gather, Slot, choose_layers, layer_rows, padded_input, slot_rows
 
 Solver = Literal["auto", "cholesky", "eigh", "rsvd", "sketch"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
+Positions = Literal["attended", "labelled"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 BLOCK = 4096  # rows gathered and multiplied at a time, so that no pass over a batch copies all of its patches
 
 
@@ -339,6 +346,28 @@ class GramAccumulator:
         self._fold_if_full(self.rows_seen, self._rows[0].device if self._rows else torch.device("cpu"))
         return self
 
+    def sum_(self, ranks: Ranks, counts: Sequence[int], device: torch.device) -> GramAccumulator:
+        """Take in what every rank has seen, ``counts`` rows each; all of them call this together. Returns itself.
+
+        Where all ranks' rows together are fewer than ``dim`` they are brought together, otherwise Gram matrices summed,
+        so that :meth:`filter` solves as if one process had seen them all. Cost: groups * min(n, dim) * dim elements in
+        float64 exchanged.
+        """
+        total, before = sum(counts), sum(counts[: ranks.rank])
+        if not total or ranks.size == 1:
+            return self
+        if total < self.dim:
+            rows = torch.zeros(self.groups, total, self.dim, dtype=torch.float64, device=device)
+            rows[:, before : before + self.rows_seen] = self._kept_rows()
+            ranks.sum_(rows)  # zeros of the others: nothing is rounded
+            self._rows = [rows]
+        else:
+            gram = self.gram.to(device)
+            ranks.sum_(gram)
+            self._gram, self._rows = gram, []
+        self.rows_seen = total
+        return self
+
     def __add__(self, other: GramAccumulator) -> GramAccumulator:
         return GramAccumulator(self.dim, self.groups, self.dtype).merge_(self).merge_(other)
 
@@ -440,16 +469,23 @@ def collect_grams(
     name: str = "batches",
     progress: bool = False,
     sketched: Mapping[str, int] | None = None,
+    positions: Positions = "attended",
 ) -> dict[str, Moments]:
     """Second moments of the inputs of a model's layers, by hooks, in eval mode and without gradients.
 
     With ``max_patches``, a layer that sees more rows than that contributes a seeded uniform sample of them:
     each batch gives its share by number of samples, drawn without replacement, so the total never exceeds the
     limit, and nothing but the Gram matrices outlives a batch. The samples are counted by one more iteration
-    over ``batches``, without running the model.
+    over ``batches``, without running the model. What is drawn of a batch depends on the seed, the batch's number and
+    the sizes of all batches, not on what was drawn before.
 
     Of a batch that is a dict with "attention_mask" [N, T], positions where the mask is 0 are left out of every
     Linear, Conv1D and attention whose input has leading axes [N, T]; see :func:`fastunlearn.slots.slot_rows`.
+
+    A model held by several ranks (DistributedDataParallel, FSDP2's ``fully_shard``) is run by all of them together,
+    each with its own share of the samples, which may be empty; every rank is returned what all have seen. Batches
+    dealt by :func:`fastunlearn.deal` give the rows that one process would have taken. The ranks of tensor parallelism
+    pass the same samples.
 
     Args:
         model: any module; its modes, hooks and the random state are put back, also on an exception.
@@ -460,6 +496,8 @@ def collect_grams(
         name: of ``batches`` in error messages.
         progress: show a progress bar.
         sketched: rank per slot for which a sketch of [d, rank] takes the place of the Gram matrix.
+        positions: "attended", or "labelled": those of them whose output is scored. Targets are then labels [N, T], -100
+            where there is none; of a causal language model position t is scored by label t + 1.
 
     Returns:
         A :class:`GramAccumulator` (or sketch) per slot name; ``rows_seen`` is 0 for a layer that the forward pass
@@ -468,14 +506,17 @@ def collect_grams(
     Raises:
         TypeError: ``batches`` cannot be iterated twice.
         ValueError: no batch, a malformed batch, an unknown layer, ``max_patches`` < 1, or NaN or Inf in a
-            layer's input (the layer is named).
+            layer's input (the layer is named; on all ranks, after the pass); no labels [N, T] for "labelled".
 
     Cost: one forward pass plus rows * d^2 multiply-adds in float64 per slot (attention is computed twice); d^2
-    elements held per slot, and with ``max_patches`` one batch's share of rows. torch's fused attention is switched
-    off meanwhile: it calls no hooks and packs padded batches. Source: arXiv 2312.00761.
+    elements held per slot, and with ``max_patches`` one batch's share of rows; on several ranks one sum of what is
+    held, layer by layer. torch's fused attention is switched off meanwhile: it calls no hooks and packs padded batches.
+    Source: arXiv 2312.00761.
     """
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"max_patches must be 1 or more, or None for no limit, got {max_patches}")
+    ranks, model = sharing(model), unwrapped(model)
+    reshard(model)
     chosen = choose_layers(model, layers)
     device = device_of(model)
     moments = {key: _empty(slot, (sketched or {}).get(key), seed) for key, slot in chosen.items()}
@@ -483,11 +524,22 @@ def collect_grams(
     for slot in chosen.values():
         slots.setdefault(id(slot.module), []).append(slot)
     pending = {key: _Sample() for key in chosen}
+    counted = True
     share: int | None = None
     mask: Tensor | None = None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    failed: list[str] = []
+    causal = is_causal_lm(model)
+
+    def refuse(key: str, error: ValueError) -> None:
+        if ranks.size == 1:
+            raise ValueError(f"layer {key}: {error}") from error
+        failed.append(f"layer {key}: {error}")  # the others are in the middle of a pass that needs this rank
 
     def on_call(call: Call) -> None:
+        if not counted or failed:
+            return
+        call = _plain(call)
         for slot in slots[id(call.module)]:
             count, gather = slot_rows(slot, call, mask)
             try:
@@ -499,28 +551,103 @@ def collect_grams(
                 else:
                     pending[slot.name].add(count, gather, share, rows_dtype(slot), call.input.device, generator)
             except ValueError as error:
-                raise ValueError(f"layer {slot.name}: {error}") from error
+                refuse(slot.name, error)
 
     with preserved(model), without_fused_attention(), torch.no_grad():
         model.eval()
-        # The meta device carries shapes only: counting moves no data.
-        total = seen = 0
-        if max_patches is not None:
-            total = sum(batch.size for batch in read(batches, name, torch.device("meta")))
+        sizes = None if max_patches is None else batch_sizes(batches, name, ranks)
+        shares = None if sizes is None or max_patches is None else _shares(sizes, max_patches)[ranks.rank]
         with recording({id(s.module): s.module for s in chosen.values()}.values(), on_call):
-            for batch in track(read(batches, name, device), name, progress):
-                if max_patches is not None:
-                    before, seen = min(seen, total), seen + batch.size
-                    share = max_patches * min(seen, total) // total - max_patches * before // total
-                mask = batch.kwargs.get("attention_mask")
-                mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            passes = track(together(batches, name, device, ranks), name, progress and ranks.rank == 0)
+            for number, (batch, counts) in enumerate(passes):
+                counted = counts
+                if shares is not None:
+                    share = shares[number] if number < len(shares) else 0
+                    generator.manual_seed(_seed_of(seed, ranks.rank + number * ranks.size))
+                mask = _rows_that_count(batch, positions, causal, name)
                 batch.outputs(model)
                 for key, sample in pending.items():
                     try:
                         sample.flush(moments[key])
                     except ValueError as error:
-                        raise ValueError(f"layer {key}: {error}") from error
+                        refuse(key, error)
+        reshard(model)
+        if ranks.size > 1:
+            _pool(moments, ranks, failed, device)
     return moments
+
+
+def batch_sizes(batches: Batches, name: str, ranks: Ranks) -> list[list[int]]:
+    """Samples per batch of every rank; raises as :func:`fastunlearn.data.read`. Cost: one iteration over them."""
+    if ranks.size == 1:
+        # The meta device carries shapes only: counting moves no data.
+        return [[batch.size for batch in read(batches, name, torch.device("meta"))]]
+    own = together(batches, name, torch.device("cpu"), ranks)
+    return ranks.gather([batch.size for batch, counts in own if counts])
+
+
+def _shares(sizes: Sequence[Sequence[int]], max_patches: int) -> list[list[int]]:
+    """Of ``max_patches`` rows, how many each batch of each rank may give, by its number of samples.
+
+    Batch k of rank r is batch r + k * size of all.
+    """
+    total = sum(map(sum, sizes))
+    shares: list[list[int]] = [[] for _ in sizes]
+    seen = 0
+    for number in range(max(map(len, sizes))):
+        for rank, of_rank in enumerate(sizes):
+            if number < len(of_rank):
+                before, seen = seen, seen + of_rank[number]
+                shares[rank].append(max_patches * seen // total - max_patches * before // total)
+    return shares
+
+
+def _pool(moments: Mapping[str, Moments], ranks: Ranks, failed: Sequence[str], device: torch.device) -> None:
+    """Give every rank what all have seen; raises on all of them what went wrong on any."""
+    reported = ranks.gather((failed[:1], {key: found.rows_seen for key, found in moments.items()}))
+    errors = [message for messages, _ in reported for message in messages]
+    if errors:
+        raise ValueError(errors[0])
+    for key, found in moments.items():
+        counts = [rows[key] for _, rows in reported]
+        if isinstance(found, GramAccumulator):
+            found.sum_(ranks, counts, device)
+        else:
+            found.product, found.trace = found.product.to(device), found.trace.to(device)
+            ranks.sum_(found.product, found.trace)
+            found.rows_seen = sum(counts)
+
+
+def _plain(call: Call) -> Call:
+    """A call under tensor parallelism as one process would have made it: its inputs brought together."""
+    if not any(isinstance(value, DTensor) for value in (*call.args, *call.kwargs.values())):
+        return call
+    return replace(
+        call,
+        args=tuple(whole(value) for value in call.args),
+        kwargs={key: whole(value) for key, value in call.kwargs.items()},
+    )
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Of the rows drawn from batch ``number``: torch's generator takes 32 bits, of which this odd step misses none."""
+    return seed + number * 0x9E3779B9
+
+
+def _rows_that_count(batch: Batch, positions: Positions, causal: bool, name: str) -> Tensor | None:
+    """Which positions [N, T] of a batch give rows; None for all."""
+    mask = batch.kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if positions == "attended":
+        return mask
+    labels = batch.targets
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        found = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f'positions="labelled" needs labels [N, T] in every batch of {name}, got {found}')
+    scored = labels != IGNORED
+    if causal:
+        scored = nn.functional.pad(scored[:, 1:], (0, 1), value=False)
+    return scored if mask is None or mask.shape != scored.shape else scored & mask.bool()
 
 
 def rows_dtype(slot: Slot) -> torch.dtype:

@@ -154,8 +154,8 @@ class Tied:
     squared. L_n^2 + E_n (2 L_n + E_n) would be the same without the zeroed copy, but where E_n is about -L_n its
     rounding leaves a sum of squares below zero; here only squares are ever added.
 
-    Cost for T positions and S indices a sample: 2 N T (V + S) D FLOPs; a copy of the output gradient, S x D and T x S
-    numbers a sample.
+    Cost for T positions and S indices a sample: 2 N T (V + S) D FLOPs; V x D numbers, a copy of the output gradient,
+    S x D and T x S numbers a sample.
     """
 
     rows: Rows
@@ -163,6 +163,7 @@ class Tied:
 
     def add_to(self, out: Tensor) -> None:
         left, right = (_flat(t) for t in self.rows.parts[0]())
+        total = torch.zeros_like(out)  # added once, as every kernel adds: the bits are the same wherever it is added
         size = (left[0].numel() + right[0].numel()) * left.element_size() if len(left) else 0
         for chunk in _chunks(self.table.samples, size + self.table.bytes_per_sample):
             indices, embedded = self.table.unpadded(chunk)
@@ -171,8 +172,9 @@ class Tied:
             looked_up = grads.gather(2, columns).to(out.dtype).mT @ inputs.to(out.dtype)  # [n, S, D]
             # The kernel adds up gradients of equal indices, so L_n may come with the first of them only.
             looked_up.masked_fill_(~_first_of_each(indices)[..., None], 0)
-            ops.sq_grad_embedding(out, indices, looked_up.add_(embedded))
-            ops.sq_grad_linear(out, inputs, grads.scatter(2, columns, 0))
+            ops.sq_grad_embedding(total, indices, looked_up.add_(embedded))
+            ops.sq_grad_linear(total, inputs, grads.scatter(2, columns, 0))
+        out += total
 
 
 def _first_of_each(indices: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,10 @@ import torch.distributed as dist
 
 # Forks of a server that has torch loaded and no threads yet: a rank starts in milliseconds.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fastunlearn"])
+_SERVER.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "fastunlearn",
+     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
 LIMIT = 300  # seconds
 
 
@@ -45,7 +49,7 @@ def on_ranks(size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
 def _received(rank: int, connection: Connection) -> Any:
     assert connection.poll(LIMIT), f"rank {rank} has said nothing for {LIMIT} s"
     try:
-        failed, result = connection.recv()
+        failed, result = pickle.loads(connection.recv())
     except EOFError:
         raise AssertionError(f"rank {rank} died") from None
     assert not failed, f"rank {rank}:\n{result}"
@@ -57,8 +61,9 @@ def _run(connection: Connection, store: Path, rank: int, size: int, body: Callab
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
-        connection.send((False, body(rank, *args)))
+        result = False, body(rank, *args)
     except BaseException:  # reported by the test
-        connection.send((True, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
+        result = True, traceback.format_exc()
+    # Pickled here: a Connection by itself would share a tensor's memory, which ends with the rank.
+    connection.send(pickle.dumps(result))
+    dist.destroy_process_group()

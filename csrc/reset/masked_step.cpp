@@ -8,8 +8,8 @@
 
 #include "common/cpu.h"
 #include "common/dispatch.h"
+#include "common/tensor_list_cpu.h"
 #include "reset/doors.h"
-#include "reset/tensor_list_cpu.h"
 
 namespace fastunlearn {
 namespace {

@@ -2,8 +2,8 @@
 // the bits of one, and a scan tells every word where its state begins.
 #pragma once
 
+#include "common/tensor_list.cuh"
 #include "reset/masked_step.h"
-#include "reset/tensor_list.cuh"
 
 namespace fastunlearn {
 namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md

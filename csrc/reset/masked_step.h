@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "common/host_device.h"
-#include "reset/tensor_list.h"
+#include "common/tensor_list.h"
 
 namespace fastunlearn {
 

@@ -1,9 +1,9 @@
 // One block per chunk: a histogram in shared memory, then its few full bins to the result.
 #pragma once
 
+#include "common/tensor_list.cuh"
 #include "reset/ratio.h"
 #include "reset/ratio_histogram.h"
-#include "reset/tensor_list.cuh"
 
 namespace fastunlearn {
 namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md

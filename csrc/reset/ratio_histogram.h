@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/host_device.h"
-#include "reset/tensor_list.h"
+#include "common/tensor_list.h"
 
 namespace fastunlearn {
 

@@ -6,9 +6,9 @@
 #include <bit>
 
 #include "common/dispatch.h"
+#include "common/tensor_list_cpu.h"
 #include "reset/doors.h"
 #include "reset/ratio_cpu.h"
-#include "reset/tensor_list_cpu.h"
 
 namespace fastunlearn {
 namespace {

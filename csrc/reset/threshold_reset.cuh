@@ -1,8 +1,8 @@
 // One block per chunk of one tensor; a warp reads 32 neighbours and its ballot is their mask word.
 #pragma once
 
+#include "common/tensor_list.cuh"
 #include "reset/ratio.h"
-#include "reset/tensor_list.cuh"
 #include "reset/threshold_reset.h"
 
 namespace fastunlearn {

@@ -2,7 +2,7 @@
 // replaced come from the same pass.
 #pragma once
 
-#include "reset/tensor_list.h"
+#include "common/tensor_list.h"
 
 namespace fastunlearn {
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastunlearn.draws import derived_seed
 from fastunlearn.evaluate.estimate import Estimate
 from fastunlearn.evaluate.roc import Roc, bootstrap, roc
 from fastunlearn.evaluate.shadows import FORMAT, InOrder, ShadowModels, digest_of_json, logits_of
-from fastunlearn.evaluate.stacked import Shuffled, derived_seed
+from fastunlearn.evaluate.stacked import Shuffled
 from fastunlearn.hooks import preserved
 from fastunlearn.outcome import track
 

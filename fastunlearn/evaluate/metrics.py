@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastunlearn.data import Batch, Batches, LossFunction, cross_entropy_by_position, per_sample_loss, read
+from fastunlearn.data import Batch, Batches, LossFunction, cross_entropy_by_position, per_sample_loss
 from fastunlearn.evaluate.seeds import MetricsOverSeeds, each_run, over_runs, seed_numbers, summary
 from fastunlearn.hooks import device_of, preserved
+from fastunlearn.language import is_causal_lm, loss_for, predictions, scored
+from fastunlearn.parallel.deal import dealt_back, together
+from fastunlearn.parallel.ranks import reshard, sharing, unwrapped
 
 _MOST_LOGITS = 1 << 22  # of one model at a time in float64, when divergences are computed
 
@@ -41,7 +44,7 @@ class Metrics:
             loss threshold can not tell them apart; only with ``forget`` and ``test``.
         gap: accuracy minus the reference's, per set, in points; only with a reference.
         membership_gap: membership AUC minus the reference's.
-        per_class: per set, the same by class index, of the classes that occur there.
+        per_class: per set, the same by class index, of the classes that occur there; empty for language models.
         kl: per set, the mean of KL(reference || model) = sum over classes of r log(r / m); infinite where the model
             rules out what the reference does not; only with a reference that is a module.
         js: per set, the mean of the Jensen-Shannon divergence (not its square root), from 0 to log 2; likewise.
@@ -106,15 +109,16 @@ def evaluate(
 
     Args:
         model: a classifier with logits [N, C]; unchanged. Further axes of logits are positions, each counted, those
-            with a negative target (such as -100) left out; a sample's loss is then the mean over its positions. With
-            ``seeds``, a function from a seed to a model, called once per seed and asked for one model at a time, or a
-            sequence of models, one per seed.
+            with a negative target (such as -100) left out; a sample's loss is then the mean over its positions. A
+            causal language model of Hugging Face is measured on the labelled tokens of its texts, each under the logits
+            [N, T, V] one position before. With ``seeds``, a function from a seed to a model, called once per seed and
+            asked for one model at a time, or a sequence of models, one per seed.
         forget, retain, test: re-iterables of ``(inputs, targets)``; any may be left out, not all. Targets are int64
             [N] or [N, ...].
         reference: the yardstick, usually retrained on ``retain`` alone, or what it measured on the same sets (then
             without divergences, which need both models' logits). With ``seeds`` also a function or a sequence as
             ``model``, paired with it seed by seed.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seeds: k for the seeds 0 to k - 1, or the seeds themselves: the runs are then reported as means with 95 %
             intervals. The function that is given the seed is what sets it.
 
@@ -151,15 +155,16 @@ def _evaluate(
     if isinstance(reference, Metrics) and (missing := sorted(set(sets) - set(reference.accuracy))):
         raise ValueError(f"the reference was not measured on {', '.join(missing)}")
     yardstick = reference if isinstance(reference, nn.Module) else None
+    causal, loss_fn = is_causal_lm(model), loss_for(model, loss_fn)
     passes = {name: _pass(model, yardstick, batches, name, loss_fn) for name, batches in sets.items()}
-    ours = _summed({name: p.model for name, p in passes.items()})
+    ours = _summed({name: p.model for name, p in passes.items()}, not causal)
     if reference is None:
         return ours
     kl = js = None
     if isinstance(reference, Metrics):
         theirs = reference
     else:
-        theirs = _summed({name: p.reference for name, p in passes.items() if p.reference is not None})
+        theirs = _summed({name: p.reference for name, p in passes.items() if p.reference is not None}, not causal)
         kl = {name: float(p.kl.mean()) for name, p in passes.items()}
         js = {name: float(p.js.mean()) for name, p in passes.items()}
     gap = {name: ours.accuracy[name] - theirs.accuracy[name] for name in ours.accuracy}
@@ -191,7 +196,12 @@ def _pass(
     model: nn.Module, reference: nn.Module | None, batches: Batches, name: str, loss_fn: LossFunction | None
 ) -> _Pass:
     """Both models over one set, side by side, in eval mode."""
-    device = device_of(model)
+    device, causal, ranks = device_of(model), is_causal_lm(model), sharing(model)
+    if ranks.size > 1 and reference is not None:
+        raise ValueError(
+            "a model on several ranks is measured alone: give the reference's own metrics, "
+            "reference=evaluate(reference, ...)"
+        )
     ours: list[_Scores] = []
     theirs: list[_Scores] = []
     kl: list[Tensor] = []
@@ -200,36 +210,42 @@ def _pass(
         model.eval()
         if reference is not None:
             reference.eval()
-        for batch in read(batches, name, device):
-            logits = batch.outputs(model)
-            ours.append(_scores(logits, batch, name, loss_fn))
+        for batch, counts in together(batches, name, device, ranks):
+            logits = batch.outputs(unwrapped(model))
+            if counts:
+                ours.append(_scores(logits, batch, name, loss_fn, causal))
             if reference is None:
                 continue
             other = moved(batch, device_of(reference))
             expected = other.outputs(reference)
-            theirs.append(_scores(expected, other, name, loss_fn))
+            theirs.append(_scores(expected, other, name, loss_fn, causal))
             if expected.shape != logits.shape:
                 raise ValueError(
                     f"the reference's logits {list(expected.shape)} differ in shape from the model's "
                     f"{list(logits.shape)}; for the accuracy gap alone give the reference's own metrics, "
                     "reference=evaluate(reference, ...)"
                 )
+            if causal:  # one row per prediction: all of a text are many at once in float64
+                expected, logits = (x[:, :-1].flatten(0, 1) for x in (expected, logits))
             counted = (ours[-1].classes >= 0).view(len(logits), -1)
             for part, (k, j) in _divergences(expected.to(device), logits):
                 kl.append(k[counted[part]])
                 js.append(j[counted[part]])
+    reshard(model)
     nothing = torch.zeros(0, dtype=torch.float64)
     return _Pass(
-        _joined(ours),
+        _joined(dealt_back(ranks, ours)),
         _joined(theirs) if theirs else None,
         torch.cat(kl).cpu() if kl else nothing,
         torch.cat(js).cpu() if js else nothing,
     )
 
 
-def _scores(logits: Any, batch: Batch, name: str, loss_fn: LossFunction | None) -> _Scores:
+def _scores(logits: Any, batch: Batch, name: str, loss_fn: LossFunction | None, causal: bool) -> _Scores:
     targets = batch.targets
     sample_losses = per_sample_loss(loss_fn, logits, targets, batch.size)
+    if causal:
+        logits, targets = predictions(logits, targets)
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits [N, C, ...] on {name}, got {found}")
@@ -267,13 +283,13 @@ def _joined(batches: Sequence[_Scores]) -> _Scores:
     )
 
 
-def _summed(sets: Mapping[str, _Scores]) -> Metrics:
+def _summed(sets: Mapping[str, _Scores], by_class: bool) -> Metrics:
     accuracy = {name: 100 * float(s.correct[s.classes >= 0].double().mean()) for name, s in sets.items()}
     loss = {name: float(s.sample_losses.double().mean()) for name, s in sets.items()}
     auc = None
     if "forget" in sets and "test" in sets:
         auc = membership_auc(sets["forget"].sample_losses, sets["test"].sample_losses)
-    return Metrics(accuracy, loss, auc, per_class={name: _per_class(s) for name, s in sets.items()})
+    return Metrics(accuracy, loss, auc, per_class={name: _per_class(s) for name, s in sets.items() if by_class})
 
 
 def _per_class(scores: _Scores) -> dict[int, ClassMetrics]:
@@ -315,16 +331,28 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 def predict(
     model: nn.Module, batches: Batches, name: str, loss_fn: LossFunction | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Per sample whether the largest logit is the target (bool [n]), and the loss (float [n]); in eval mode."""
-    device = device_of(model)
-    correct, losses = [], []
+    """Per sample whether the largest logit is the target (bool [n]), and the loss (float [n]); in eval mode.
+
+    Of a causal language model, whether it is at every labelled token of a text. On several ranks the samples of all.
+    """
+    device, causal, loss_fn = device_of(model), is_causal_lm(model), loss_for(model, loss_fn)
+    ranks = sharing(model)
+    correct: list[Tensor] = []
+    losses: list[Tensor] = []
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in read(batches, name, device):
-            outputs = batch.outputs(model)
+        for batch, counts in together(batches, name, device, ranks):
+            outputs = batch.outputs(unwrapped(model))
+            if not counts:
+                continue
             losses.append(per_sample_loss(loss_fn, outputs, batch.targets, batch.size).float())
-            correct.append(_right(outputs, batch.targets))
-    return torch.cat(correct), torch.cat(losses)
+            if causal:
+                right = _right(*predictions(outputs, batch.targets))
+                correct.append((right | ~scored(batch.targets)[:, 1:]).all(1))
+            else:
+                correct.append(_right(outputs, batch.targets))
+    reshard(model)
+    return torch.cat(dealt_back(ranks, correct)), torch.cat(dealt_back(ranks, losses))
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:

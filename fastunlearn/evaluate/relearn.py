@@ -14,6 +14,7 @@ from torch import nn
 from fastunlearn.data import Batch, Batches, LossFunction, per_sample_loss, read, require_batches
 from fastunlearn.evaluate.metrics import evaluate
 from fastunlearn.hooks import device_of, preserved
+from fastunlearn.language import loss_for
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def relearn_time(
         batch_size: larger batches are split into steps of so many samples; by default as they come.
         max_steps: after so many steps the model counts as not having relearnt.
         every: steps between two measurements; ``steps`` of the result is then a multiple of it or ``max_steps``.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seed: of whatever ``retain`` draws from torch's global generator, such as its order.
 
     Returns:
@@ -166,6 +167,7 @@ def _step(
     model: nn.Module, batches: list[Batch], optimizer: torch.optim.Optimizer, loss_fn: LossFunction | None
 ) -> bool:
     """One step on the mean of the batches' mean losses, unless that is not finite."""
+    loss_fn = loss_for(model, loss_fn)
     means = [per_sample_loss(loss_fn, b.outputs(model), b.targets, b.size).mean() for b in batches]
     loss = torch.stack(means).mean()
     if not bool(torch.isfinite(loss)):

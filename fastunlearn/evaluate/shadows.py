@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastunlearn.checkpoint import digest, load_into, write_safetensors
+from fastunlearn.draws import derived_seed
 from fastunlearn.evaluate.signals import signals
 from fastunlearn.evaluate.stacked import (
     Build,
@@ -28,7 +29,6 @@ from fastunlearn.evaluate.stacked import (
     TrainingReport,
     as_samples,
     choose_mode,
-    derived_seed,
     initial_model,
     train_models,
 )

@@ -6,7 +6,6 @@ A small model leaves most of a processor idle. M of them, each with its own samp
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_map_only
 
 from fastunlearn.data import Batch, per_sample_loss, read
+from fastunlearn.draws import derived_seed
 from fastunlearn.hooks import preserved
 from fastunlearn.methods.baselines import Retrain
 from fastunlearn.methods.training import descend
@@ -145,11 +145,6 @@ class Shuffled:
         epoch, self.passes = self.passes, self.passes + 1
         for indices in self.order(epoch):
             yield self.samples.batch(indices)
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed of 63 bits that other parts do not share: of the SHA-256 of their printed forms."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def train_models(

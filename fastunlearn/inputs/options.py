@@ -9,6 +9,7 @@ from typing import Any
 
 INPUT_NAMES = ("x", "inputs", "images", "features", "pixel_values", "text")
 TARGET_NAMES = ("y", "targets", "labels", "label", "target", "class")
+TEXT_SPLITS = ("paragraph", "line", "block", "file")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DataOptions:
     mean, std : subtracted, then divided by; one number, or one per channel or column. After ``scale``.
     text_length : tokens per text; longer ones are cut, shorter ones padded. Default: the longest text's, at most
         what the tokenizer's model takes.
+    text_split : what a sample of a text file is: a "paragraph" (between blank lines), a "line", a "block" of
+        ``text_length`` tokens of the whole, or the "file". Default: "paragraph" of a file, "file" of a folder.
 
     Raises TypeError for a field of another type, ValueError for a value that can not be meant, both naming the field.
     """
@@ -39,6 +42,7 @@ class DataOptions:
     std: float | tuple[float, ...] | None = None
     scale: float | None = None
     text_length: int | None = None
+    text_split: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,6 +62,9 @@ class DataOptions:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.text_length is not None and self.text_length < 1:
             raise ValueError(f"text_length must be 1 or more, got {self.text_length}")
+        _require("text_split", self.text_split, _is_name, "a name")
+        if self.text_split not in (None, *TEXT_SPLITS):
+            raise ValueError(f"text_split must be one of {', '.join(TEXT_SPLITS)}, got {self.text_split!r}")
         for name in ("std", "scale"):
             value = getattr(self, name)
             if value is not None and not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):

@@ -140,11 +140,11 @@ def open_samples(
     """Open a data set of any known format.
 
     ``spec`` is a folder of class folders of images, or such a folder in a .zip, .tar, .tar.gz or .tar.xz archive
-    (``archive.tar.xz::train`` for a folder within); an .npz, .safetensors, .csv, .parquet or .jsonl file; a folder of
-    Hugging Face ``datasets`` (``folder::train`` for a split); or ``package.module:function`` or
-    ``path/to/file.py:function``, called without arguments, which returns (inputs, targets), a map-style torch Dataset
-    or :class:`Samples`. ``tokenizer`` turns a column of text into token ids. ``classes`` are the names known from
-    another set, so that a class has the same number here.
+    (``archive.tar.xz::train`` for a folder within); a .txt file or a folder of them; an .npz, .safetensors, .csv,
+    .parquet or .jsonl file; a folder of Hugging Face ``datasets`` (``folder::train`` for a split); or
+    ``package.module:function`` or ``path/to/file.py:function``, called without arguments, which returns (inputs,
+    targets), a map-style torch Dataset or :class:`Samples`. ``tokenizer`` turns texts into token ids. ``classes`` are
+    the names known from another set, so that a class has the same number here.
 
     Raises FileNotFoundError, ValueError or, where a package is missing, ImportError; each of one line that names the
     file, the array or column, and the first row that is wrong.
@@ -158,14 +158,21 @@ def open_samples(
     opener = _opener(Path(path))
     if opener is None:
         raise ValueError(f"{spec!r} is of no known format; {KNOWN}")
-    return opener(Reading(spec, Path(path), inner, options, tokenizer, None if classes is None else list(classes)))
+    reading = Reading(spec, Path(path), inner, options, tokenizer, None if classes is None else list(classes))
+    if options.text_split is not None:
+        from fastunlearn.inputs import texts
+
+        if opener not in (texts.open_text, texts.open_text_folder):
+            refuse(reading, ("text_split",), "is for text files")
+    return opener(reading)
 
 
 OF_NUMBERS = ("image_size", "channels", "mean", "std", "scale")
 OF_COLUMNS = ("inputs", "targets", "columns", "id")
 KNOWN = (
-    "known are a folder of class folders of images (also in .zip, .tar, .tar.gz, .tar.xz), .npz, .safetensors, .csv, "
-    ".parquet, .jsonl, a Hugging Face datasets folder, package.module:function and file.py:function"
+    "known are a folder of class folders of images (also in .zip, .tar, .tar.gz, .tar.xz), .txt and folders of it, "
+    ".npz, .safetensors, .csv, .parquet, .jsonl, a Hugging Face datasets folder, package.module:function and "
+    "file.py:function"
 )
 
 
@@ -248,9 +255,15 @@ def listed(parts: Mapping[str, Any], most: int = 10) -> str:
 def _opener(path: Path) -> Callable[[Reading], Samples] | None:
     name = path.name.lower()
     if path.is_dir():
-        from fastunlearn.inputs import images, tables
+        from fastunlearn.inputs import images, tables, texts
 
-        return tables.open_hugging_face if tables.is_hugging_face(path) else images.open_folder
+        if tables.is_hugging_face(path):
+            return tables.open_hugging_face
+        return texts.open_text_folder if texts.is_text_folder(path) else images.open_folder
+    if name.endswith(".txt"):
+        from fastunlearn.inputs import texts
+
+        return texts.open_text
     if name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")):
         from fastunlearn.inputs import images
 
@@ -313,6 +326,7 @@ def _from_code(spec: str, options: DataOptions, tokenizer: Any, classes: Sequenc
         raise ValueError(f"{spec!r} is a {type(function).__name__}, expected a function that returns the data")
     reading = Reading(spec, Path(), "", options, tokenizer, None if classes is None else list(classes))
     refuse(reading, OF_COLUMNS, "is for tables and arrays with names, not for a function")
+    refuse(reading, ("text_split",), "is for text files")
     data = places.call(spec, function)
     if isinstance(data, Samples):
         refuse(reading, (*OF_NUMBERS, "text_length"), "is for the function to apply: it returned Samples")

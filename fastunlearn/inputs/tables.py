@@ -13,10 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastunlearn.data import IGNORED
-from fastunlearn.inputs import arrays, places
+from fastunlearn.inputs import arrays, places, texts
 from fastunlearn.inputs.options import INPUT_NAMES, TARGET_NAMES
 from fastunlearn.inputs.samples import OF_NUMBERS, Reading, Samples, assembled, found, listed, refuse
 
@@ -28,14 +26,22 @@ def open_table(reading: Reading) -> Samples:
 
     The inputs are, in this order: the feature ``columns`` of ``options``; its ``inputs`` column; the first column of
     text (with a tokenizer) or of lists that has a default name; all columns of numbers but the target and the id.
-    Labels of text are numbered by the sorted names. Raises ValueError naming the file, column and first wrong row.
+    Labels of text are numbered by the sorted names. JSON lines of chats or of prompts with completions are read as
+    :func:`~fastunlearn.inputs.texts.open_conversations` does, unless ``options`` name inputs. Raises ValueError naming
+    the file, column and first wrong row.
     """
     if reading.inner:
         raise ValueError(f"{reading.spec!r}: a table has no part {reading.inner!r}")
     ending = reading.path.suffix.lower()
     if ending == ".csv":
         return _from_columns(reading, _read_csv(reading))
-    return _from_columns(reading, (_read_jsonl if ending == ".jsonl" else _read_parquet)(reading.path, reading.spec))
+    if ending == ".parquet":
+        return _from_columns(reading, _read_parquet(reading.path, reading.spec))
+    rows, lines = jsonl_rows(reading.path, reading.spec)
+    if texts.is_conversation(rows, reading.options):
+        return texts.open_conversations(reading, rows, lines)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return _from_columns(reading, {name: [row.get(name) for row in rows] for name in names})
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -135,8 +141,12 @@ def _read_parquet(path: Path, spec: str) -> Columns:
     return {name: _of_arrow(table[name], _at(spec, name)) for name in table.column_names}
 
 
-def _read_jsonl(path: Path, spec: str) -> Columns:
-    rows = []
+def jsonl_rows(path: Path, spec: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a file of JSON lines, and the lines that they are on, from 1; raises ValueError for anything else.
+
+    Blank lines are passed over.
+    """
+    rows, lines = [], []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -148,8 +158,8 @@ def _read_jsonl(path: Path, spec: str) -> Columns:
             if not isinstance(row, dict):
                 raise ValueError(f"{spec!r}: line {number} holds a {type(row).__name__}, expected an object")
             rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+            lines.append(number)
+    return rows, lines
 
 
 def _of_arrow(column: Any, where: str) -> Any:
@@ -191,7 +201,9 @@ def _from_columns(reading: Reading, columns: Columns) -> Samples:
         _require_cells(columns[name], _at(spec, name))
     ids = None if options.id is None else arrays.ids_from(columns[options.id], _at(spec, options.id))
     if y == options.inputs:
-        return _next_tokens(reading, columns[y], ids, _at(spec, y))
+        if not arrays.is_text(columns[y]):
+            raise ValueError(f"{_at(spec, y)} is named as inputs and as targets, which only text can be")
+        return texts.next_tokens(reading, columns[y], ids, _at(spec, y))
     x, at = _inputs(reading, columns, y)
     return assembled(reading, x, columns[y], ids, at, _at(spec, y))
 
@@ -207,18 +219,6 @@ def _chosen(reading: Reading, target: str) -> set[str | None] | None:
 def _require_cells(column: Any, where: str) -> None:
     if not isinstance(column, np.ndarray) and None in column:
         raise ValueError(f"{where}: row {column.index(None)} is missing")
-
-
-def _next_tokens(reading: Reading, texts: Any, ids: list[str] | None, where: str) -> Samples:
-    """Texts that are their own targets, for causal language models: padding is labelled -100. All are of class 0."""
-    if not arrays.is_text(texts):
-        raise ValueError(f"{where} is named as inputs and as targets, which only text can be")
-    kept = tokenized(texts, reading, where)
-    tokens, mask = kept.values["input_ids"], kept.values["attention_mask"]
-    named = replace(kept, values={**kept.values, "labels": tokens.masked_fill(mask == 0, IGNORED)})
-    return Samples(
-        named, torch.zeros(len(tokens), dtype=torch.int64), ids or arrays.rows(len(tokens)), None, reading.spec
-    )
 
 
 def _inputs(reading: Reading, columns: Columns, target: str) -> tuple[Any, str]:

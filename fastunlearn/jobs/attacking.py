@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.data import FirstSamples
+from fastunlearn.draws import derived_seed
 from fastunlearn.evaluate.lira import Lira, ULira, membership, u_lira
 from fastunlearn.evaluate.shadows import ShadowModels
-from fastunlearn.evaluate.stacked import Mode, derived_seed
+from fastunlearn.evaluate.stacked import Mode
 from fastunlearn.jobs.config import ConfigError, Say
 from fastunlearn.jobs.findings import sentences
 from fastunlearn.jobs.methods import entry, make_method

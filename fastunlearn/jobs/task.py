@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastunlearn.checkpoint import digest, load_into, load_weights
 from fastunlearn.data import read
-from fastunlearn.evaluate.stacked import Recipe, derived_seed, initial_model
+from fastunlearn.draws import derived_seed
+from fastunlearn.evaluate.stacked import Recipe, initial_model
 from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of

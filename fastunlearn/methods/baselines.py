@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from fastunlearn.data import Batches, LossFunction, read
 from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
 from fastunlearn.methods.training import descend
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.ranks import counted, holders, local, unwrapped
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Retrain:
         epochs: passes over ``retain``.
         lr: peak of the one-cycle learning rate.
         weight_decay: of AdamW.
-        build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module.
-        loss_fn: one loss per sample; default cross-entropy.
+        build: returns a freshly initialised model of the same shape; default ``reset_parameters`` of every module, and
+            for Hugging Face's models one more of their class and config, a copy in memory for as long as it is made.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         seed: of the initialisation and of whatever the model draws while training.
         progress: show a progress bar.
     """
@@ -56,7 +60,7 @@ class Retrain:
             if self.build is not None:
                 model.load_state_dict(self.build().state_dict())
             else:
-                initialise(model)
+                _begin_anew(unwrapped(model))
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
@@ -70,7 +74,7 @@ class Retrain:
                 schedule,
                 progress=self.progress,
             )
-        _count_changes(outcome, before)
+        _count_changes(outcome, before, model)
         return outcome
 
 
@@ -81,7 +85,7 @@ class FineTune:
     Args:
         epochs: passes over ``retain``.
         lr, momentum: of SGD.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         progress: show a progress bar.
     """
 
@@ -119,7 +123,7 @@ class GradientAscent:
     Args:
         epochs: passes over ``forget``.
         lr: of plain SGD.
-        loss_fn: one loss per sample; default cross-entropy.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
         progress: show a progress bar.
     """
 
@@ -136,6 +140,14 @@ class GradientAscent:
         outcome = Outcome("GradientAscent", _settings(self))
         _step_over(outcome, model, forget, "forget", self.epochs, self.lr, 0.0, self.loss_fn, -1.0, self.progress)
         return outcome
+
+
+def _begin_anew(model: Any) -> None:
+    """Hugging Face's models are initialised as a whole, by their config; all others module by module."""
+    if any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        model.load_state_dict(type(model)(deepcopy(model.config)).state_dict())
+    else:
+        initialise(model)
 
 
 def initialise(model: nn.Module) -> None:
@@ -172,12 +184,17 @@ def _step_over(
     with preserved(model), restored_on_error(model) as before, outcome.measured(device), outcome.phase("train"):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
         descend(model, batches, name, optimizer, epochs, loss_fn, sign=sign, progress=progress)
-    _count_changes(outcome, before)
+    _count_changes(outcome, before, model)
 
 
-def _count_changes(outcome: Outcome, before: Copies) -> None:
-    for name, parameter, copy in before:
-        outcome.count(name, copy, parameter)
+def _count_changes(outcome: Outcome, before: Copies, model: nn.Module) -> None:
+    """Of all ranks that hold a part of the weights."""
+    ranks = holders(model)
+    names = [name for name, _, _ in before]
+    here = [counted(p, ranks) * (local(p.detach()) != local(old)).sum() for _, p, old in before]
+    total = torch.stack(here)
+    ranks.sum_(total)
+    outcome.changed |= {name: count for name, count in zip(names, total.tolist(), strict=True) if count}
 
 
 def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:

@@ -10,6 +10,7 @@ from torch import nn
 from fastunlearn.activations import unit_activations
 from fastunlearn.codec import Foci, foci
 from fastunlearn.data import Batch, LossFunction, per_sample_loss
+from fastunlearn.language import loss_for
 from fastunlearn.methods.block import unit_count
 from fastunlearn.perturb import Perturbation
 
@@ -56,6 +57,7 @@ def markov_blanket(
 
     Cost: ``rows`` * samples forward passes without gradients; rows * units numbers held.
     """
+    loss_fn = loss_for(model, loss_fn)
     values, losses = [], []
     units: list[Unit] | None = None
     for start in range(0, rows, batch_size):

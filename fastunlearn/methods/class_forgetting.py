@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,19 +13,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.data import Batches, LossFunction, read, require_batches
+from fastunlearn.data import Batches, LossFunction, require_batches
 from fastunlearn.evaluate import evaluate
 from fastunlearn.hooks import device_of, require_finite, require_separable, restored
 from fastunlearn.methods.subspace_report import AlphaPoint, AlphaSearch, LayerPlan, LayerSpectrum, Plan, Spectrum
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.ranks import Ranks, everyone, reshard, sharing, unwrapped
+from fastunlearn.parallel.weights import HeldWeight
 from fastunlearn.slots import Slot, choose_layers, left_out, supported_layers
 from fastunlearn.subspace import (
     BLOCK,
+    POSITIONS,
     SOLVERS,
     Eigenpairs,
     GramAccumulator,
     Moments,
+    Positions,
     Solver,
+    batch_sizes,
     collect_grams,
     low_rank,
     moments_eigenpairs,
@@ -47,8 +53,18 @@ class ClassForgetting:
     from 0.25 to 1000.
 
     Several classes at once: put samples of all of them into ``forget``. One after another: call :meth:`unlearn` again,
-    with the classes forgotten before left out of ``retain``, or they are protected. Text: batches are dicts, and rows
-    where their "attention_mask" is 0 do not count.
+    with the classes forgotten before left out of ``retain``, or they are protected.
+
+    Text, by topic: ``forget`` holds texts on what is to be forgotten, ``retain`` texts on all that is to stay, in the
+    same style, so that what the two share (grammar, common words) is protected. Batches are dicts, and rows where their
+    "attention_mask" is 0 do not count. An output layer tied to the embedding is left alone, like the embedding. The
+    first token of pretrained language models may hold most of a layer's energy (an attention sink, arXiv 2309.17453),
+    which leaves the filter blind to the rest; ``positions="labelled"`` with labels of -100 leaves it out.
+
+    Several ranks: every rank of a model in DistributedDataParallel or sharded by FSDP2's ``fully_shard`` calls the same
+    method with its own share of the samples (:func:`fastunlearn.deal`), which may be empty; the ranks of tensor
+    parallelism pass the same samples. Gram matrices are summed layer by layer, and each rank updates its own shards:
+    the result is that of one process to rounding.
 
     Attributes:
         alpha_retain: > 0; larger protects more of what the retain samples use.
@@ -66,7 +82,11 @@ class ClassForgetting:
             an error in each filter of at most its gain there, which ``details["solver"]`` states (of a sketch an
             estimate of it, which may be several times too low where spectra fall slowly).
         memory_limit: bytes that "auto" may fill with Gram matrices; None for half of what the device has free when
-            the run begins. State it where the choice must not depend on the machine.
+            the run begins, of several ranks what the poorest has. State it where the choice must not depend on the
+            machine.
+        positions: which positions of a text give rows: "attended", or "labelled", those of them whose output is
+            scored. Targets are then labels [N, T], -100 where there is none, as of a prompt; of a causal language model
+            position t is scored by label t + 1, of any other by its own.
     """
 
     alpha_retain: float = 100.0
@@ -78,6 +98,7 @@ class ClassForgetting:
     progress: bool = False
     rank: int | None = None
     memory_limit: int | None = None
+    positions: Positions = "attended"
 
     def __post_init__(self) -> None:
         _require_alphas("alpha_retain", [self.alpha_retain])
@@ -90,6 +111,8 @@ class ClassForgetting:
             raise ValueError(f"rank must be 1 or more, or None to follow alpha, got {self.rank}")
         if self.memory_limit is not None and self.memory_limit < 0:
             raise ValueError(f"memory_limit counts bytes from 0, got {self.memory_limit}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
 
     def unlearn(self, model: nn.Module, forget: Batches, retain: Batches) -> Outcome:
         """Forget in place what only ``forget`` needs; the model runs in eval mode meanwhile, then as before.
@@ -97,7 +120,7 @@ class ClassForgetting:
         Args:
             model: any module; weights in float64, float32, bfloat16 or float16 (everything but its own forward pass
                 is computed in float64).
-            forget: re-iterable batches of the samples to forget; targets are not used.
+            forget: re-iterable batches of the samples to forget; targets are used for ``positions="labelled"`` only.
             retain: re-iterable batches of samples to protect; about as many as in ``forget`` suffice.
 
         Returns:
@@ -114,11 +137,14 @@ class ClassForgetting:
 
         Cost: a forward pass over both sets, per layer rows * d^2 + d^3 / 3 + 4 p d^2 multiply-adds in float64, one
         copy of the weights and two Gram matrices per layer; :meth:`plan` states the bytes. No d x d filter is formed.
+        On several ranks the copy is one of the rank's own shards; a weight that is not cut along its output axis
+        (Hugging Face's Conv1D, a grouped convolution, a row-parallel layer) is brought together for its update, one
+        at a time.
         """
-        _require_ready(model, forget, retain)
+        inner = _require_ready(model, forget, retain)
         outcome = Outcome("ClassForgetting", asdict(self))
-        with outcome.measured(device_of(model)):
-            uses, untouched = _updatable(model, self.layers)
+        with outcome.measured(device_of(inner)):
+            uses, untouched = _updatable(inner, self.layers)
             plans = self._plans(uses, self._limit(model))
             with outcome.phase("gather"):
                 retained, forgotten = self._collect(model, uses, plans, forget, retain)
@@ -129,11 +155,12 @@ class ClassForgetting:
                     for slots in called
                 ]
             with outcome.phase("write"), torch.no_grad():
-                parameters = {id(p): key for key, p in model.named_parameters()}  # a shared one under its first name
-                for slots, updated in zip(called, updates, strict=True):
-                    region = slots[0].region
-                    outcome.count(parameters[id(slots[0].parameter)], region, updated)
-                    region.copy_(updated)
+                parameters = {id(p): key for key, p in inner.named_parameters()}  # a shared one under its first name
+                for held, updated, changed in updates:
+                    if changed:
+                        key = parameters[id(held.slot.parameter)]
+                        outcome.changed[key] = outcome.changed.get(key, 0) + changed
+                    held.target.copy_(updated)
         for name in ("rows", "relative_change", "solver"):
             outcome.details.setdefault(name, {})
         outcome.details["untouched"] = untouched
@@ -142,22 +169,25 @@ class ClassForgetting:
     def plan(self, model: nn.Module, forget: Batches, retain: Batches) -> Plan:
         """What :meth:`unlearn` would hold in memory, layer by layer, before any row is read; ``print`` it.
 
+        Of several ranks what this one would hold; all of them call it together.
+
         Raises as :meth:`unlearn` for malformed batches and unknown layers. Cost: one iteration over both sets, without
         running the model.
         """
         require_batches(forget, "forget")
         require_batches(retain, "retain")
-        uses, untouched = _updatable(model, self.layers)
-        limit = self._limit(model)
+        reshard(model)
+        uses, untouched = _updatable(unwrapped(model), self.layers)
+        limit, ranks = self._limit(model), sharing(model)
         plans = self._plans(uses, limit)
         share = 0
         if self.max_patches is not None:
             for batches, name in ((forget, "forget"), (retain, "retain")):
-                sizes = [batch.size for batch in read(batches, name, torch.device("meta"))]
+                sizes = [size for of_rank in batch_sizes(batches, name, ranks) for size in of_rank]
                 share = max(share, -(-self.max_patches * max(sizes) // sum(sizes)))
         slots = [slot for group in uses for slot in group]
         sample = sum(slot.groups * share * slot.dim * rows_dtype(slot).itemsize for slot in slots)
-        weights = sum(group[0].region.numel() * group[0].parameter.element_size() for group in uses)
+        weights = sum(HeldWeight.of(group[0]).target.nbytes for group in uses)
         workspace = max((_workspace(slot, plans[slot.name]) for slot in slots), default=0)
         return Plan(list(plans.values()), sample, workspace, weights, limit, untouched)
 
@@ -184,7 +214,8 @@ class ClassForgetting:
             test: one more set to measure on; no choice depends on it.
             loss_fn: of :func:`fastunlearn.evaluate`.
             score: what to measure instead, for models that :func:`fastunlearn.evaluate` does not fit: from a model to
-                percentages, "forget" and "retain" among them.
+                percentages, "forget" and "retain" among them. On several ranks all call it together; the numbers that
+                count are those of each rank, so have them agree.
 
         Returns:
             An :class:`AlphaSearch` with one point per pair; its ``best()`` has the alphas to unlearn with.
@@ -199,7 +230,7 @@ class ClassForgetting:
         """
         _require_alphas("alphas_retain", alphas_retain)
         _require_alphas("alphas_forget", alphas_forget)
-        _require_ready(model, forget, retain)
+        inner = _require_ready(model, forget, retain)
         measured = forget if forget_measured is None else forget_measured
         kept = retain if retain_measured is None else retain_measured
 
@@ -212,7 +243,7 @@ class ClassForgetting:
             return scores
 
         start = time.perf_counter()
-        uses, untouched = _updatable(model, self.layers)
+        uses, untouched = _updatable(inner, self.layers)
         plans = self._plans(uses, self._limit(model), max(alphas_retain), max(alphas_forget))
         retained, forgotten = self._collect(model, uses, plans, forget, retain)
         called = _called(uses, retained, forgotten, untouched)
@@ -229,15 +260,17 @@ class ClassForgetting:
         original = accuracies()
         points: list[AlphaPoint] = []
         norm = math.sqrt(sum(layer.squared_norm for layer in layers))
-        with torch.no_grad(), restored(model, [slots[0].parameter for slots in called]):
+        with torch.no_grad(), restored(inner, [slots[0].parameter for slots in called]):
             for alpha_retain in alphas_retain:
                 unprotected = [layer.unprotected(alpha_retain) for layer in layers]
                 for alpha_forget in alphas_forget:
+                    reshard(inner)  # as the measurement may have left it
                     squared = sum(
                         layer.write(part, alpha_forget) for layer, part in zip(layers, unprotected, strict=True)
                     )
                     change = math.sqrt(squared) / norm if norm else 0.0
                     points.append(AlphaPoint(alpha_retain, alpha_forget, accuracies(), change))
+            reshard(inner)
         return AlphaSearch(original, points, seconds)
 
     def spectrum(self, model: nn.Module, forget: Batches, retain: Batches) -> Spectrum:
@@ -245,8 +278,8 @@ class ClassForgetting:
 
         Errors as :meth:`unlearn`. Cost: its passes over the data and two eigendecompositions per layer.
         """
-        _require_ready(model, forget, retain)
-        uses, untouched = _updatable(model, self.layers)
+        inner = _require_ready(model, forget, retain)
+        uses, untouched = _updatable(inner, self.layers)
         plans = self._plans(uses, self._limit(model))
         retained, forgotten = self._collect(model, uses, plans, forget, retain)
         found = []
@@ -304,7 +337,9 @@ class ClassForgetting:
         """Bytes that "auto" may fill; no other solver has a choice to make."""
         if self.solver != "auto":
             return None
-        return self.memory_limit if self.memory_limit is not None else _half_of_free(device_of(model))
+        if self.memory_limit is not None:
+            return self.memory_limit
+        return _half_of_free(device_of(model), everyone(model))
 
     def _collect(
         self, model: nn.Module, uses: list[list[Slot]], plans: dict[str, LayerPlan], forget: Batches, retain: Batches
@@ -314,7 +349,7 @@ class ClassForgetting:
         for side, (batches, what) in enumerate(((retain, "retain"), (forget, "forget"))):
             sketched = {name: plan.ranks[side] for name, plan in plans.items() if plan.solver == "sketch"}
             moments = collect_grams(
-                model, batches, list(plans), self.max_patches, self.seed, what, self.progress, sketched
+                model, batches, list(plans), self.max_patches, self.seed, what, self.progress, sketched, self.positions
             )
             for first, *others in uses:
                 for other in others:
@@ -322,10 +357,13 @@ class ClassForgetting:
             found.append(moments)
         return found[0], found[1]
 
-    def _solve(self, slots: list[Slot], plan: LayerPlan, retain: Moments, forget: Moments, outcome: Outcome) -> Tensor:
-        """The updated weight, in the shape and dtype of its region; checked to be finite."""
-        slot = slots[0]
-        weight = slot.matrix(torch.float64)
+    def _solve(
+        self, slots: list[Slot], plan: LayerPlan, retain: Moments, forget: Moments, outcome: Outcome
+    ) -> tuple[HeldWeight, Tensor, int]:
+        """What this rank writes, checked to be finite, and where: in shape and dtype of the target; and how many
+        entries of the weight change, of all ranks."""
+        slot, held = slots[0], HeldWeight.of(slots[0])
+        weight = held.matrix(torch.float64)
         try:
             kept, one = self._filter(retain, weight, self.alpha_retain, plan, plan.ranks[0])
             unprotected = kept.neg_().add_(weight)  # in place: W may be larger than all that was collected
@@ -333,9 +371,11 @@ class ClassForgetting:
         except ValueError as error:
             raise ValueError(f"layer {slot.name}: {error}") from error
         del kept, unprotected
-        change = float(delta.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
-        updated = delta.neg_().add_(weight).reshape(slot.region.shape).to(slot.parameter.dtype)
-        if not bool(torch.isfinite(updated).all()):
+        norms = [math.sqrt(square) for square in held.squares(delta, weight)]
+        change = norms[0] / max(norms[1], torch.finfo(weight.dtype).tiny)
+        updated = held.portion(delta.neg_().add_(weight))
+        wrong, changed = held.summed((~torch.isfinite(updated)).sum(), (updated != held.target).sum())
+        if wrong:
             raise ValueError(f"the update of layer {slot.name} is not finite; no weight was changed")
         solver = one[0] if one[0] == other[0] else f"{one[0]} for retain, {other[0]} for forget"
         used = solver, one[1] if one == other else f"retain: {one[1]}; forget: {other[1]}"
@@ -343,7 +383,7 @@ class ClassForgetting:
             ("rows", (retain.rows_seen, forget.rows_seen)), ("relative_change", change), ("solver", used)
         ):  # fmt: skip
             outcome.details.setdefault(name, {})[slot.name] = value
-        return updated
+        return held, updated, int(changed)
 
     def _filter(
         self, moments: Moments, weight: Tensor, alpha: float, plan: LayerPlan, rank: int
@@ -385,7 +425,7 @@ class _Projected:
     delta = W (I - V_r g_r V_r^T) V_f g_f V_f^T = (Q - (P g_r) C) g_f V_f^T with P = W V_r, Q = W V_f, C = V_r^T V_f.
     """
 
-    slot: Slot
+    held: HeldWeight
     weight: Tensor  # [groups, p, d], float64, as it was
     retain: Eigenpairs
     forget: Eigenpairs
@@ -395,13 +435,14 @@ class _Projected:
 
     @classmethod
     def of(cls, slot: Slot, retain: Eigenpairs, forget: Eigenpairs) -> _Projected:
-        weight = slot.matrix(torch.float64).clone()
+        held = HeldWeight.of(slot)
+        weight = held.matrix(torch.float64).clone()
         p, q = weight @ retain.vectors, weight @ forget.vectors
-        return cls(slot, weight, retain, forget, p, q, retain.vectors.mT @ forget.vectors)
+        return cls(held, weight, retain, forget, p, q, retain.vectors.mT @ forget.vectors)
 
     @property
     def squared_norm(self) -> float:
-        return float(self.weight.square().sum())
+        return self.held.squares(self.weight)[0]
 
     def unprotected(self, alpha_retain: float) -> Tensor:
         """W (I - M_retain) V_f, [groups, p, k_f]."""
@@ -410,12 +451,11 @@ class _Projected:
     def write(self, unprotected: Tensor, alpha_forget: float) -> float:
         """Put the update of this pair of alphas into the model; returns its squared norm."""
         delta = unprotected * self.forget.gain(alpha_forget)[:, None, :] @ self.forget.vectors.mT
-        region = self.slot.region
-        updated = (self.weight - delta).reshape(region.shape).to(region.dtype)
-        if not bool(torch.isfinite(updated).all()):
-            raise ValueError(f"the update of layer {self.slot.name} is not finite; the model was put back")
-        region.copy_(updated)
-        return float(delta.square().sum())
+        updated = self.held.portion(self.weight - delta)
+        if self.held.summed((~torch.isfinite(updated)).sum())[0]:
+            raise ValueError(f"the update of layer {self.held.slot.name} is not finite; the model was put back")
+        self.held.target.copy_(updated)
+        return self.held.squares(delta)[0]
 
 
 def _require_alphas(name: str, alphas: Sequence[float]) -> None:
@@ -426,11 +466,15 @@ def _require_alphas(name: str, alphas: Sequence[float]) -> None:
             raise ValueError(f"{name} must be a finite number above 0, got {alpha}")
 
 
-def _require_ready(model: nn.Module, forget: Batches, retain: Batches) -> None:
+def _require_ready(model: nn.Module, forget: Batches, retain: Batches) -> nn.Module:
+    """The module whose layers are updated, its parameters as this rank holds them between forward passes."""
     require_batches(forget, "forget")
     require_batches(retain, "retain")
+    reshard(model)
+    inner = unwrapped(model)
     require_finite(model)
-    require_separable(model)
+    require_separable(inner)
+    return inner
 
 
 def _gram_bytes(slot: Slot, rows: int | None) -> int:
@@ -447,7 +491,7 @@ def _sketch_bytes(slot: Slot, ranks: tuple[int, int]) -> int:
 
 def _workspace(slot: Slot, plan: LayerPlan) -> int:
     """At most at once beside what is held: one block of rows, and the temporaries of one layer's solve."""
-    d, weight = slot.dim, slot.region.numel()
+    d, weight = slot.dim, HeldWeight.of(slot).numel
     if plan.solver == "sketch":
         solve = 4 * slot.groups * d * (max(plan.ranks) + _OVERSAMPLE)
     elif plan.rows is not None and plan.rows < d and plan.solver in ("auto", "rsvd"):
@@ -458,17 +502,27 @@ def _workspace(slot: Slot, plan: LayerPlan) -> int:
     return 8 * (solve + 6 * weight + 2 * slot.groups * block * d)
 
 
-def _half_of_free(device: torch.device) -> int | None:
-    """Half of the bytes free on ``device`` now; None where the system does not say."""
+def _half_of_free(device: torch.device, ranks: Ranks) -> int | None:
+    """Half of the bytes free on ``device`` now, of several ranks what the poorest has; None where no system says.
+
+    Ranks on CPUs of one machine share its memory; devices are each rank's own.
+    """
+    owner = f"{socket.gethostname()} {'' if device.type == 'cpu' else ranks.rank}"
+    found = ranks.gather((owner, _free(device)))
+    owners = [name for name, _ in found]
+    return min((free // 2 // owners.count(name) for name, free in found if free is not None), default=None)
+
+
+def _free(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
             sizes = dict(line.split(":") for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024 // 2
+        return int(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # nobody says how much is free
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # nobody says how much is free
         except (ValueError, OSError, AttributeError):
             return None
 

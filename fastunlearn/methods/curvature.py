@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastunlearn.data import Batch, LossFunction, per_sample_loss
 from fastunlearn.hooks import eager, full_precision, preserved, require_separable, restored
+from fastunlearn.language import loss_for
 from fastunlearn.methods.block import Block
 
 KINDS = ("exact", "gauss_newton", "fisher", "reference")
@@ -44,7 +45,7 @@ def gradient(model: nn.Module, block: Block, batches: Sequence[Batch], loss_fn: 
     sample. Cost: a forward pass, and a backward pass down to the block's first layer.
     """
     with _working(model, block, batches):
-        return _gradient(model, block, batches, loss_fn)
+        return _gradient(model, block, batches, loss_for(model, loss_fn))
 
 
 def matrix(model: nn.Module, block: Block, batches: Sequence[Batch], loss_fn: LossFunction | None, kind: str) -> Tensor:
@@ -71,6 +72,7 @@ def matrix(model: nn.Module, block: Block, batches: Sequence[Batch], loss_fn: Lo
     passes of 256 MiB.
     """
     _require_kind(kind)
+    loss_fn = loss_for(model, loss_fn)
     with _working(model, block, batches):
         samples = _samples(batches)
         if kind == "reference":
@@ -115,6 +117,7 @@ def product(
     Raises as :func:`matrix`; the function itself ValueError for a v of another length.
     """
     _require_kind(kind)
+    loss_fn = loss_for(model, loss_fn)
     with _working(model, block, batches):
         samples = _samples(batches)
         if kind == "reference":

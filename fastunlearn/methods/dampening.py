@@ -36,9 +36,10 @@ class SelectiveSynapticDampening:
         fisher: ``"empirical"``, ``"monte_carlo"`` or ``"exact"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
             first of an iteration (shuffle them); None for all.
-        loss_fn: one loss per sample; default cross-entropy.
-        seed: of Monte-Carlo labels.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
+        seed: of Monte-Carlo labels, and of the rounding of bfloat16 information.
         progress: show progress bars.
+        fisher_dtype: torch.bfloat16 holds the information in half of the memory; None for float32.
     """
 
     alpha: float = 10.0
@@ -50,11 +51,14 @@ class SelectiveSynapticDampening:
     loss_fn: LossFunction | None = None
     seed: int = 0
     progress: bool = False
+    fisher_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("dampening", self.dampening)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        if self.fisher_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"fisher_dtype must be torch.bfloat16 or None, got {self.fisher_dtype}")
         if not (math.isfinite(self.floor) and self.floor >= 0):
             raise ValueError(f"floor must not be negative, got {self.floor}")
         check_samples(self.fisher_samples)
@@ -84,6 +88,7 @@ class SelectiveSynapticDampening:
                 self.seed,
                 self.progress,
                 self.fisher_samples,
+                self.fisher_dtype,
             )
             with outcome.phase("dampen"), torch.no_grad():
                 _, counts = ops.threshold_reset_(
@@ -91,7 +96,7 @@ class SelectiveSynapticDampening:
                     importances.floors(self.floor), lambda_=self.dampening,
                 )  # fmt: skip
             # Inside: what a GPU has to say against the launch, it says when the counts are read.
-            dampened = dict(zip(parameters, counts.tolist(), strict=True))
+            dampened = dict(zip(parameters, importances.total(counts).tolist(), strict=True))
             outcome.changed = {name: count for name, count in dampened.items() if count}
             outcome.details = {"share_dampened": sum(dampened.values()) / max(importances.live(), 1)}
         return outcome
@@ -104,5 +109,6 @@ class SelectiveSynapticDampening:
             "protect": protected_names(self.protect),
             "fisher": self.fisher,
             "fisher_samples": self.fisher_samples,
+            "fisher_dtype": None if self.fisher_dtype is None else str(self.fisher_dtype),
             "seed": self.seed,
         }

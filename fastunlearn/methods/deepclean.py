@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
@@ -34,10 +37,73 @@ from fastunlearn.methods.importance import (
 from fastunlearn.methods.training import autocast_to, descend
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.ranks import local, sharing, unwrapped
 
 DEFAULT_FRACTION = 0.3
 Reset = Literal["zero", "mean", "init"]
 OptimizerName = Literal["sgd", "adamw"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Weights chosen to be reset; of sharded parameters this rank's part, but for the counts.
+
+    Attributes:
+        masks: per parameter the chosen weights as bits, see :func:`ops.threshold_reset_`.
+        values: what they are reset to, one after the other.
+        counts: how many they are, of all ranks.
+        gammas: what their ratios passed.
+        histogram: of all ratios, int64 [2041]; empty before anything was chosen.
+    """
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    gammas: dict[str, float] = field(default_factory=dict)
+    histogram: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def __add__(self, other: Choices) -> Choices:
+        """Of two sets of parameters."""
+        return Choices(
+            self.parameters | other.parameters, self.masks | other.masks, self.values | other.values,
+            self.counts | other.counts, self.gammas | other.gammas,
+            self.histogram.to(other.histogram) + other.histogram,
+        )  # fmt: skip
+
+    def report(self, per_layer: bool) -> float | dict[str, float]:
+        """Gamma, per parameter if each has its own."""
+        return self.gammas if per_layer else next(iter(self.gammas.values()))
+
+    @contextmanager
+    def reset(self) -> Iterator[None]:
+        """Write the values; if the block raises anything at all, the old ones again."""
+        before: dict[str, Tensor] = {}
+        try:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    weight = local(parameter.data)
+                    bits = ops.unpack_mask(self.masks[name], weight.shape)
+                    before[name] = weight[bits]
+                    weight[bits] = self.values[name]
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, old in before.items():
+                    weight = local(self.parameters[name].data)
+                    weight[ops.unpack_mask(self.masks[name], weight.shape)] = old
+            raise
+
+
+def _shares(parameters: dict[str, nn.Parameter], passes: int) -> Iterator[dict[str, nn.Parameter]]:
+    """Neighbouring parameters in at most so many shares of about as many weights."""
+    total, seen = sum(p.numel() for p in parameters.values()), 0
+    shares: dict[int, dict[str, nn.Parameter]] = defaultdict(dict)
+    for name, parameter in parameters.items():
+        middle = seen + parameter.numel() // 2
+        shares[min(passes - 1, middle * passes // max(total, 1))][name] = parameter
+        seen += parameter.numel()
+    yield from shares.values()
 
 
 @dataclass(frozen=True)
@@ -67,9 +133,15 @@ class DeepClean:
         fisher: ``"empirical"``, ``"monte_carlo"`` or ``"exact"``, see :func:`fastunlearn.fisher_diagonal`.
         fisher_samples: how many samples of ``retain`` are read for its information, rounded up to whole batches, the
             first of an iteration (shuffle them); None for all.
-        loss_fn: one loss per sample; default cross-entropy.
-        seed: of Monte-Carlo labels, fresh values and dropout.
+        loss_fn: one loss per sample; default cross-entropy, for causal language models that of the next token.
+        seed: of Monte-Carlo labels, fresh values, dropout and the rounding of bfloat16 information.
         progress: show progress bars.
+        fisher_dtype: torch.bfloat16 holds the information in half of the memory, see
+            :func:`fastunlearn.fisher_diagonal`; None for float32.
+        offload: hold the information in host memory.
+        passes: read the data so many times, each for its share of the weights: the information of one share at a time
+            is held, and masks of one bit a weight are kept of it. What is reset is what one pass would reset, so gamma
+            must be given, or ``per_layer``.
     """
 
     gamma: float | None = None
@@ -92,6 +164,9 @@ class DeepClean:
     loss_fn: LossFunction | None = None
     seed: int = 0
     progress: bool = False
+    fisher_dtype: torch.dtype | None = None
+    offload: bool = False
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if self.gamma is not None and self.fraction is not None:
@@ -115,6 +190,15 @@ class DeepClean:
                 raise ValueError(f"{name} must be a number from 0 up, got {value}")
         if self.autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be torch.bfloat16 or None (gradients are not scaled), got {self.autocast}")
+        if self.fisher_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"fisher_dtype must be torch.bfloat16 or None, got {self.fisher_dtype}")
+        if self.passes < 1:
+            raise ValueError(f"passes counts from 1, got {self.passes}")
+        if self.passes > 1 and self.gamma is None and not self.per_layer:
+            raise ValueError(
+                "one gamma for a fraction of all weights needs the information of all at once; with passes above 1 "
+                "give gamma, or per_layer=True"
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience counts epochs from 1, got {self.patience}")
 
@@ -136,17 +220,28 @@ class DeepClean:
             TypeError, ValueError: as :func:`fastunlearn.fisher_diagonal`, before any weight changes;
                 FloatingPointError if fine-tuning diverges. Weights are put back whatever is raised, and when.
 
-        Cost: one Fisher pass over each set, five reads of the information, one launch for the reset,
-        ``finetune_epochs`` passes over ``retain``, with ``cosine`` one more if it has no length; memory: four
-        numbers per weight, five with ``reset="init"``, and one (SGD) or two per reset weight.
+        On several ranks (DistributedDataParallel, FSDP2, tensor parallelism), every rank calls this with its own share
+        of the samples. Information, masks and fine-tuning stay on the shards; what is selected is exact over all of
+        them, because tables of counts are added up. With dealt batches (:func:`fastunlearn.deal`) masks are bit for bit
+        those of one process.
+
+        Cost: one Fisher pass over each set (``passes`` of them), five reads of the information, one launch per tensor
+        for the reset, ``finetune_epochs`` passes over ``retain``, with ``cosine`` one more if it has no length; memory:
+        the weights, two numbers per weight (per weight of a pass's share), three with ``reset="init"``, three copies of
+        the largest tensor, a bit per weight, and three numbers (AdamW: four) per reset weight.
         """
         self._check_validation(validation)
         outcome = Outcome("DeepClean", self._settings())
         parameters = candidates(model, self.protect)
         fresh = self._fresh(model, parameters)
-        with outcome.measured(device_of(model)), restored_on_error(model, parameters.values()):
-            importances = self._measure(outcome, model, forget, retain, parameters)
-            self._clean(outcome, model, importances, fresh, retain, validation)
+        with outcome.measured(device_of(model)):
+            chosen = Choices()
+            for share in _shares(parameters, self.passes):
+                importances = self._measure(outcome, model, forget, retain, share)
+                with outcome.phase("reset"), torch.no_grad():
+                    chosen += self._choose(importances, fresh)
+                del importances
+            self._clean(outcome, model, chosen, retain, validation)
         return outcome
 
     def sweep(
@@ -198,12 +293,13 @@ class DeepClean:
             before = evaluate(model, reference=yardstick, **sets)
         passes = Outcome("DeepClean", self._settings())
         importances = self._measure(passes, model, forget, retain, parameters)
-        samples = sum(batch.size for batch in read(forget, "forget", device))
+        own = sum(batch.size for raw in forget for batch in read([raw], "forget", device))  # of a rank perhaps none
+        samples = sum(sharing(model).gather(own))
         points = []
         for setting in settings:
             outcome = Outcome("DeepClean", setting._settings())
             with restored(model, parameters.values()):
-                setting._clean(outcome, model, importances, fresh, retain, validation)
+                setting._clean(outcome, model, setting._choose(importances, fresh), retain, validation)
                 with autocast_to(device, self.autocast):
                     metrics = evaluate(model, reference=yardstick, **sets)
             points.append(SweepPoint.of(outcome, metrics, before, samples))
@@ -216,15 +312,14 @@ class DeepClean:
         """
         outcome = Outcome("DeepClean", self._settings())
         importances = self._measure(outcome, model, forget, retain, candidates(model, self.protect))
-        gamma, floors = self._threshold(importances)
-        copies = [w.clone() for w in importances.weights]
-        _, counts = ops.threshold_reset_(copies, importances.forget, importances.retain, gamma, eps=floors)
-        histograms = ops.ratio_histogram(importances.forget, importances.retain, floors, per_tensor=True).cpu()
+        with torch.no_grad():  # which weights, whatever they would become
+            chosen = replace(self, reset="zero")._choose(importances, None)
+        histograms = importances.histogram(importances.floors(self.floor), per_tensor=True).cpu()
         layers = [
-            LayerShare(name, copies[i].numel(), int(histograms[i].sum()), int(counts[i]), histograms[i])
-            for i, name in enumerate(importances.parameters)
+            LayerShare(name, p.numel(), int(histograms[i].sum()), chosen.counts[name], histograms[i])
+            for i, (name, p) in enumerate(importances.parameters.items())
         ]
-        return Explanation(self._report(gamma, importances), layers, ops.ratio_edges())
+        return Explanation(chosen.report(self.per_layer), layers, ops.ratio_edges())
 
     def _measure(
         self,
@@ -236,7 +331,7 @@ class DeepClean:
     ) -> Importances:
         return measure(
             outcome, model, forget, retain, parameters, self.fisher, self.loss_fn, self.seed, self.progress,
-                self.fisher_samples,
+                self.fisher_samples, self.fisher_dtype, self.offload,
         )  # fmt: skip
 
     def _threshold(self, importances: Importances) -> tuple[Tensor, Tensor]:
@@ -245,7 +340,7 @@ class DeepClean:
         if self.gamma is not None:
             return torch.tensor(self.gamma, dtype=torch.float32, device=floors.device), floors
         wanted = self.fraction if self.fraction is not None else DEFAULT_FRACTION
-        gamma = ops.select_gamma(importances.forget, importances.retain, wanted, floors, self.per_layer)
+        gamma = importances.select_gamma(wanted, floors, self.per_layer)
         if not self.per_layer and not (math.isfinite(gamma) and gamma > 0):
             raise ValueError(
                 f"the ratio below which {1 - wanted:.0%} of the live weights lie is {float(gamma)}: too few weights "
@@ -253,37 +348,53 @@ class DeepClean:
             )
         return gamma, floors
 
-    def _clean(
-        self,
-        outcome: Outcome,
-        model: nn.Module,
-        importances: Importances,
-        fresh: list[Tensor] | None,
-        retain: Batches,
-        validation: Batches | None,
-    ) -> None:
-        """Reset and fine-tune; the caller puts back what an exception leaves."""
+    def _choose(self, importances: Importances, fresh: dict[str, Tensor] | None) -> Choices:
+        """What is to be reset, and to what; the weights are as they were."""
+        gamma, floors = self._threshold(importances)
+        gammas = gamma.expand(len(floors))
+        apart = self.reset == "mean" and importances.holders.size > 1
+        means = importances.means(importances.weights) if apart else None
+        masks, values, counts = [], {}, []
+        for i, (name, weight) in enumerate(zip(importances.parameters, importances.weights, strict=True)):
+            copied = weight.clone()  # one tensor's at a time, and of information that is kept on the host
+            forget, retain = importances.forget[i].to(weight.device), importances.retain[i].to(weight.device)
+            init = None if fresh is None else [fresh[name]]
+            mask, count = ops.threshold_reset_(
+                [copied], [forget], [retain], gammas[i], self.reset, floors[i : i + 1], init,
+                means=None if means is None else means[i : i + 1].nan_to_num(),
+            )  # fmt: skip
+            masks += mask
+            counts.append(count[0])
+            values[name] = copied[ops.unpack_mask(mask[0], weight.shape)]
+        total = importances.total(torch.stack(counts))
         names = list(importances.parameters)
-        with outcome.phase("reset"), torch.no_grad():
-            gamma, floors = self._threshold(importances)
-            masks, counts = ops.threshold_reset_(
-                importances.weights, importances.forget, importances.retain, gamma, self.reset, floors, fresh
-            )
-        resets = dict(zip(names, counts.tolist(), strict=True))
+        return Choices(
+            dict(importances.parameters), dict(zip(names, masks, strict=True)), values,
+            dict(zip(names, total.tolist(), strict=True)), dict(zip(names, gammas.tolist(), strict=True)),
+            importances.histogram(floors),
+        )  # fmt: skip
+
+    def _clean(
+        self, outcome: Outcome, model: nn.Module, chosen: Choices, retain: Batches, validation: Batches | None
+    ) -> None:
+        """Reset and fine-tune; whatever is raised, the weights are put back."""
+        resets = chosen.counts
         outcome.changed = {name: count for name, count in resets.items() if count}
-        histogram = ops.ratio_histogram(importances.forget, importances.retain, floors)
+        histogram = chosen.histogram
         live = int(histogram.sum())
         outcome.details = {
-            "gamma": self._report(gamma, importances),
+            "gamma": chosen.report(self.per_layer),
             "ratios": _filled_bins(histogram),
             "live": live,
             "share_reset": sum(resets.values()) / max(live, 1),
             "epochs": 0,
         }
-        with outcome.phase("finetune"):
-            chosen = {name: mask for name, mask in zip(names, masks, strict=True) if resets[name]}
-            if chosen and self.finetune_epochs:
-                self._finetune(outcome, model, importances.parameters, chosen, retain, validation)
+        # What an exception has to put back: no other weight is written to.
+        with restored_on_error(model, []), chosen.reset():
+            with outcome.phase("finetune"):
+                masks = {name: mask for name, mask in chosen.masks.items() if resets[name]}
+                if masks and self.finetune_epochs:
+                    self._finetune(outcome, model, chosen.parameters, masks, retain, validation)
 
     def _finetune(
         self,
@@ -321,7 +432,7 @@ class DeepClean:
             outcome.details["validation_loss"] = losses
             lowest = losses.index(min(losses))
             if self.patience is not None and lowest == len(losses) - 1:
-                best[:] = [p.detach().clone() for p in tuned]
+                best[:] = [local(p.detach()).clone() for p in tuned]
             return self.patience is not None and len(losses) - 1 - lowest >= self.patience
 
         with preserved(model):
@@ -341,23 +452,22 @@ class DeepClean:
                 )  # fmt: skip
         with torch.no_grad():
             for parameter, kept in zip(tuned, best, strict=False):  # none were kept without patience
-                parameter.copy_(kept)
+                local(parameter.data).copy_(kept)
 
-    def _fresh(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Tensor] | None:
+    def _fresh(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
         """For ``reset="init"``: what a newly initialised model has in the same places."""
         if self.reset != "init":
             return None
-        other = copy.deepcopy(model)
+        if any(isinstance(p, DTensor) for p in parameters.values()):
+            raise ValueError(
+                'reset="init" makes a whole model anew, which shards are there to avoid; use "zero" or "mean"'
+            )
+        other = copy.deepcopy(unwrapped(model))
         with preserved(model), torch.no_grad():
             torch.manual_seed(self.seed)
             initialise(other)
         named = dict(other.named_parameters())
-        return [named[name].detach() for name in parameters]
-
-    def _report(self, gamma: Tensor, importances: Importances) -> float | dict[str, float]:
-        if gamma.dim() == 0:
-            return float(gamma)
-        return dict(zip(importances.parameters, gamma.tolist(), strict=True))
+        return {name: named[name].detach() for name in parameters}
 
     def _check_validation(self, validation: Batches | None) -> None:
         if self.patience is not None and validation is None:
@@ -382,6 +492,9 @@ class DeepClean:
             "patience": self.patience,
             "fisher": self.fisher,
             "fisher_samples": self.fisher_samples,
+            "fisher_dtype": None if self.fisher_dtype is None else str(self.fisher_dtype),
+            "offload": self.offload,
+            "passes": self.passes,
             "seed": self.seed,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fastunlearn.data import Batches, LossFunction, require_batches
 from fastunlearn.hooks import (
@@ -28,6 +31,7 @@ from fastunlearn.methods.curvature import KINDS
 from fastunlearn.methods.newton import Privacy
 from fastunlearn.methods.removal import Run, gather, remove
 from fastunlearn.outcome import Outcome, track
+from fastunlearn.parallel.ranks import Ranks, everyone, unwrapped
 
 _NO_CERTIFICATE = (
     "Gaussian noise of the stated deviation on the block; (epsilon, delta)-indistinguishable from retraining only for "
@@ -50,6 +54,13 @@ class LCodec:
     computed as that: over ``hessian_samples`` of them, drawn uniformly from the retain samples and the forget
     samples not yet removed. It is exact when ``hessian_samples`` >= n - 1.
     Source: Mehta, Pal, Singh & Ravi, CVPR 2022 (arXiv 2204.07655); Sekhari et al., NeurIPS 2021 for the step.
+
+    Text: batches are dicts with ``input_ids``, and copies have tokens replaced (see ``tokens``); attention masks,
+    segments and positions stay.
+
+    Several ranks: with DistributedDataParallel every rank passes the same samples and does the whole of the work, which
+    ends in the same bits on all of them. FSDP2 and tensor parallelism are refused: torch has no double backward pass
+    through them.
 
     Attributes:
         perturbations: m, perturbed copies of each sample's input.
@@ -80,7 +91,8 @@ class LCodec:
         max_block: weights per block; units are taken in order while they fit, the first one always. By default
             2,048 with "cholesky", unlimited otherwise.
         batch_size: samples per forward and backward pass.
-        loss_fn: (outputs, targets) -> one loss per sample; cross-entropy by default.
+        loss_fn: (outputs, targets) -> one loss per sample; cross-entropy by default, for causal language models that of
+            the next token.
         layers: names of the layers whose units may be chosen, see :mod:`fastunlearn.activations`; all trainable by
             default.
         privacy: adds Gaussian noise of :meth:`Privacy.deviation` to the block at each removal. Not a certificate.
@@ -169,7 +181,8 @@ class LCodec:
                 weights in half precision.
             ValueError: an empty or malformed set; NaN or Inf in a weight, an input, a Hessian or a loss; a
                 BatchNorm in train mode; a loss that is not one per sample; no trainable layer; an unknown name in
-                ``layers``; a budget with ``max_drop`` and no ``validation``, or the reverse.
+                ``layers``; a budget with ``max_drop`` and no ``validation``, or the reverse; a model sharded by FSDP2
+                or tensor parallelism; ranks of DistributedDataParallel that end up with different weights.
             RuntimeError: a solve whose residual is not at rounding level.
             The model's weights are as they were whenever this raises, also half-way through the removals.
 
@@ -186,6 +199,8 @@ class LCodec:
         require_batches(retain, "retain")
         if validation is not None:
             require_batches(validation, "validation")
+        _require_whole(model)
+        ranks, model = everyone(model), unwrapped(model)
         require_finite(model)
         require_separable(model)
         device = device_of(model)
@@ -220,10 +235,41 @@ class LCodec:
                         verdict = account.settle(done["step_norm"], done["gradient_norm_after"], indices is todo[-1])
                     if verdict is not None:
                         break
+            _require_agreement(ranks, parameters)
         for name, parameter, copy in before:
             outcome.count(name, copy, parameter)
         _report(run, removals, account, verdict)
         return outcome
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model of which this rank holds a part only."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        engine = "FSDP2 (fully_shard)"
+    elif any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        engine = "tensor parallelism"
+    else:
+        return
+    raise ValueError(
+        f"LCodec takes second derivatives, and torch has no double backward pass through {engine}; give it the whole "
+        "model, alone or in DistributedDataParallel, or forget by another method"
+    )
+
+
+def _require_agreement(ranks: Ranks, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError on all ranks unless they have the same bits."""
+    if ranks.size == 1:
+        return
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    found = ranks.gather(digest.hexdigest())
+    other = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if other:
+        raise ValueError(
+            f"LCodec came to other weights on rank {', '.join(map(str, other))} than on rank 0; give every rank the "
+            "same samples in the same order (not a share of them), and the same model"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastunlearn.data import Batch, Batches, per_sample_loss, read
+from fastunlearn.language import loss_for
 from fastunlearn.methods.block import Block
 from fastunlearn.methods.budget import Account
 from fastunlearn.methods.choice import Unit, all_units, markov_blanket, random_units
@@ -172,10 +173,11 @@ def _gradients(run: Run, samples: list[Batch]) -> tuple[float, float, dict[nn.Pa
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     total: dict[nn.Parameter, Tensor] = {}
     loss = 0.0
+    loss_fn = loss_for(run.model, run.method.loss_fn)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels may sum in another order each time
         for batch in joined(samples, run.method.batch_size):
             outputs = batch.outputs(run.model)
-            part = per_sample_loss(run.method.loss_fn, outputs, batch.targets, batch.size).sum() / len(samples)
+            part = per_sample_loss(loss_fn, outputs, batch.targets, batch.size).sum() / len(samples)
             loss += part.item()
             found = torch.autograd.grad(part, parameters, allow_unused=True) if part.requires_grad else ()
             for p, g in zip(parameters, found, strict=False):

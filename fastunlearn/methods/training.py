@@ -7,11 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fastunlearn.data import Batches, LossFunction, per_sample_loss, read
+from fastunlearn.data import Batches, LossFunction, per_sample_loss
 from fastunlearn.hooks import device_of
+from fastunlearn.language import loss_for
 from fastunlearn.outcome import track
+from fastunlearn.parallel.deal import Dealt, together
+from fastunlearn.parallel.ranks import Ranks, sharing
 
 
 def descend(
@@ -30,14 +34,23 @@ def descend(
 
     ``after_epoch`` is told the number of epochs done and returns whether to stop. The loop changes no mode: call it
     with the model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
+
+    On several ranks a step takes the samples of all of them at once, each counting the same; of dealt batches every
+    rank takes a part of each, so that steps are those of one process.
     """
+    ranks = sharing(model)
+    if isinstance(batches, Dealt):
+        batches = batches.split
     device = device_of(model)
+    running = _engine(model)
+    loss_fn = loss_for(model, loss_fn)
     for epoch in _epochs(epochs, name, progress):
-        for batch in read(batches, name, device):
-            loss = per_sample_loss(loss_fn, batch.outputs(model), batch.targets, batch.size).mean()
-            if not torch.isfinite(loss):
+        for batch, counts in together(batches, name, device, ranks):
+            losses = per_sample_loss(loss_fn, batch.outputs(running), batch.targets, batch.size)
+            loss, reported = _joint(losses, counts, ranks)
+            if not torch.isfinite(reported):
                 raise FloatingPointError(
-                    f"the loss on {name} is {loss.item()} in epoch {epoch}; lower the learning rate"
+                    f"the loss on {name} is {reported.item()} in epoch {epoch}; lower the learning rate"
                 )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(sign * loss)
@@ -48,6 +61,28 @@ def descend(
         if after_epoch is not None and after_epoch(epoch):
             break
     optimizer.zero_grad(set_to_none=True)
+
+
+def _engine(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel made anew, for the parameters that require grad now; any other model as it is."""
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    return DistributedDataParallel(model.module, device_ids=model.device_ids, process_group=model.process_group)
+
+
+def _joint(losses: Tensor, counts: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The loss to differentiate, and the mean over the samples of all ranks.
+
+    The engines average gradients over the ranks, whose shares may differ: each rank's sum is scaled by ranks over
+    samples, so that the average is that of the samples. What does not count weighs nothing.
+    """
+    if ranks.size == 1:
+        mean = losses.mean()
+        return mean, mean
+    weight = float(counts)
+    sums = torch.stack([losses.detach().double().sum() * weight, losses.new_tensor(len(losses) * weight).double()])
+    ranks.sum_(sums)
+    return losses.sum() * (weight * ranks.size / sums[1].to(losses.dtype)), sums[0] / sums[1]
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -7,14 +7,14 @@ same time, with its own share of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -50,6 +50,15 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def numbers(self, value: int, device: torch.device) -> list[int]:
+        """As :meth:`gather`, of a whole number, which takes one collective on ``device``."""
+        if self.group is None:
+            return [value]
+        found = torch.empty(self.size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(found, torch.tensor([value], device=device), group=self.group)
+        numbers: list[int] = found.tolist()
+        return numbers
+
     def any(self, here: bool) -> bool:
         """Whether it holds on any rank."""
         return any(self.gather(here))
@@ -63,14 +72,54 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put the root's weights back into shards, which it leaves gathered after a forward pass alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def everyone(model: nn.Module) -> Ranks:
-    """All ranks that hold a part of the model or of its samples."""
+    """All ranks that hold a part of the model or of its samples; it is in its shards afterwards."""
     if isinstance(model, DistributedDataParallel):
         return Ranks.of(model.process_group)
+    reshard(model)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         assert dist.group.WORLD is not None  # there is no mesh without
         return Ranks.of(dist.group.WORLD)
     return ALONE
+
+
+def sharing(model: nn.Module) -> Ranks:
+    """The ranks that have samples of their own: all of DDP and FSDP2; with tensor parallelism alone each has the same.
+
+    Raises ValueError for what is not supported: FSDP2 over a mesh of several dimensions, or beside plain parameters.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return Ranks.of(model.process_group)
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return ALONE
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is not sharded, but others are; call fully_shard on the whole model, too")
+        if parameter.device_mesh.ndim != 1 or not isinstance(parameter.placements[0], Shard):
+            raise ValueError(
+                f"{name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} dimensions; "
+                "FSDP2 is supported on meshes of one dimension"
+            )
+    return everyone(model)
+
+
+def holders(model: nn.Module) -> Ranks:
+    """The ranks that hold different weights; of replicas each holds all of them, and is alone in that."""
+    return ALONE if isinstance(model, DistributedDataParallel) else everyone(model)
+
+
+def counted(parameter: Tensor, holders: Ranks) -> bool:
+    """Whether this rank's part of the parameter counts in a sum over the holders: a shard does, of copies the first."""
+    sharded = isinstance(parameter, DTensor) and any(isinstance(p, Shard) for p in parameter.placements)
+    return sharded or holders.rank == 0
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -84,11 +133,3 @@ def world() -> Ranks:
         return ALONE
     assert dist.group.WORLD is not None
     return Ranks.of(dist.group.WORLD)
-
-
-def sum_over(ranks: Ranks, numbers: Iterable[float], device: torch.device) -> list[float]:
-    """Numbers added up over the ranks, in float64."""
-    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    ranks.sum_(total)
-    found: list[float] = total.tolist()
-    return found

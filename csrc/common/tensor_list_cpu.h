@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "reset/tensor_list.h"
+#include "common/tensor_list.h"
 
 namespace fastunlearn {
 

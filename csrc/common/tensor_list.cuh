@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/scalar.cuh"
-#include "reset/tensor_list.h"
+#include "common/tensor_list.h"
 
 namespace fastunlearn {
 namespace {  // unnamed: see "what it cannot catch" in tests/emulator/README.md
