@@ -2,43 +2,56 @@
 
     python secrets_gpt2.py search --seed 100
     python secrets_gpt2.py run --seeds 0 1 2
+    python secrets_gpt2.py draw
+
+The text is that of secrets_text.py: nothing is downloaded. A model is trained on ordinary texts and on two sets of
+code sentences, each repeated until the codes are known by heart; a second one, from the same seed, never sees the codes
+to forget. Each method is given the sentences with these codes, of which the digits alone are labelled, and the rest of
+the training data. Measured are the share of digits that the model says by itself, greedily, given the sentence up to
+them, of the codes to forget and of those to keep, and the perplexity of the rest of the training data, each text once
+(the codes to keep are in it), and of texts never trained on.
+
+``search`` tries the settings of GRID with a seed of its own; of each method that one is chosen whose larger one of
+|digits - digits of the retrained model| / 2 points and |change of the retain perplexity| / 3 % is smallest: up to 1 both
+goals are met. What it has measured it does not measure again, and several may share the work (``--only``). ``run``
+measures the chosen settings with other seeds, ``draw`` makes record.json and table.md. Everything is in --out, the
+trained models, too. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import math
 import os
 import platform
 import random
+import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import secrets_text as text
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastunlearn as fu
+from fastunlearn.evaluate.language import extraction, perplexity
+from fastunlearn.files import write_json, write_text
+from fastunlearn.outcome import Outcome
 
 Batch = dict[str, Tensor]
-
-
-def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each text over its labelled positions, [N, T, V] and [N, T] to [N]."""
-    scored = labels[:, 1:] != text.IGNORED
-    losses = F.cross_entropy(
-        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=text.IGNORED
-    )
-    return losses.sum(1) / scored.sum(1).clamp(min=1)
+DIGITS_WITHIN = 2.0  # points from the retrained model
+PERPLEXITY_WITHIN = 3.0  # percent from the original
 
 
 @dataclass(frozen=True)
 class Size:
+    """Of the text and of the model; ``repeats`` counts how often a code sentence is in the training data."""
+
     people: int = 160
     texts: int = 1000
     held_out: int = 300
@@ -57,7 +70,7 @@ class Size:
 class Loader:
     """Batches of dicts, texts of about one length together; drawn anew at each iteration where ``seed`` is given."""
 
-    def __init__(self, texts: list[list[int]], size: int = 64, seed: int | None = None) -> None:
+    def __init__(self, texts: list[list[int]], size: int, seed: int | None = None) -> None:
         self.texts, self.size = texts, size
         self.rng = None if seed is None else random.Random(seed)
 
@@ -75,82 +88,216 @@ class Loader:
         return map(text.batch, batches)
 
 
-def build(size: Size, seed: int) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
+@dataclass(frozen=True)
+class InTurn:
+    """Methods one after another, as one: fine-tuning may mend what was damaged before it."""
 
+    methods: tuple[Any, ...]
+
+    def unlearn(self, model: nn.Module, forget: Any, retain: Any) -> Outcome:
+        outcomes = [method.unlearn(model, forget, retain) for method in self.methods]
+        return Outcome("InTurn", {f"{i} {outcome.method}": outcome.settings for i, outcome in enumerate(outcomes)})
+
+
+FULL = fu.DeepClean(optimizer="adamw", lr=5e-3, cosine=True, fisher_samples=500)
+TOPIC = fu.ClassForgetting(max_patches=None, positions="labelled")
+WHOLE = fu.LCodec(group=True, select="all", update="single_sample", hessian="fisher", solver="cg", max_units=100_000)
+MENDS = tuple(fu.FineTune(epochs=4, lr=lr) for lr in (0.003, 0.01))
+GRID: dict[str, list[Any]] = {
+    "DeepClean": [
+        replace(FULL, fraction=fraction, finetune_epochs=epochs)
+        for fraction, epochs in ((0.1, 12), (0.2, 12), (0.3, 12), (0.3, 16))
+    ],
+    "ClassForgetting": [
+        replace(TOPIC, alpha_retain=retain, alpha_forget=forget)
+        for retain, forget in ((10, 10), (10, 30), (30, 30), (30, 100), (100, 30), (100, 100))
+    ],
+    "L-CODEC": [replace(WHOLE, damping=damping) for damping in (0.03, 0.04, 0.05, 0.07)],
+    "ClassForgetting, then fine-tuning": [
+        InTurn((replace(TOPIC, alpha_retain=retain, alpha_forget=forget), mend))
+        for retain, forget in ((10, 30), (100, 100))
+        for mend in MENDS
+    ],
+    "L-CODEC, then fine-tuning": [
+        InTurn((replace(WHOLE, damping=damping), mend)) for damping in (0.03, 0.04) for mend in MENDS
+    ],
+    "fine-tuning": [fu.FineTune(epochs=epochs, lr=lr) for epochs, lr in ((1, 0.02), (4, 0.01), (4, 0.03))],
+    "gradient ascent": [fu.GradientAscent(epochs=5, lr=lr) for lr in (0.005, 0.01, 0.02, 0.03)],
+    "SSD": [fu.SelectiveSynapticDampening(alpha=alpha, floor=0.1) for alpha in (3.0, 10.0, 30.0, 100.0)],
+}
+
+
+def build(size: Size, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=len(text.VOCABULARY), n_positions=64, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=text.TEXT, eos_token_id=text.TEXT,
-        use_cache=False,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def train(size: Size, texts: list[list[int]], seed: int) -> nn.Module:
     model = build(size, seed)
-    method = fu.Retrain(
-        epochs=size.epochs, lr=size.lr, weight_decay=size.weight_decay, build=lambda: build(size, seed),
-        loss_fn=lm_loss, seed=seed,
-    )
+    method = fu.Retrain(size.epochs, size.lr, size.weight_decay, build=lambda: build(size, seed), seed=seed)
     method.unlearn(model, None, Loader(texts, size.batch, seed))
     return model
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, texts: list[list[int]]) -> float:
-    total, count = 0.0, 0
-    for batch in Loader(texts, 256):
-        labels = batch["labels"]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        total += F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum").item()
-        count += int((labels[:, 1:] != text.IGNORED).sum())
-    return math.exp(min(total / count, 100.0))
-
-
-@torch.no_grad()
-def extraction(model: nn.Module, sentences: list[list[int]]) -> tuple[float, float]:
-    ids, codes = text.prompts_and_codes(sentences)
-    for _ in range(codes.shape[1]):
-        following = model(input_ids=ids).logits[:, -1].argmax(1)
-        ids = torch.cat([ids, following[:, None]], 1)
-    equal = ids[:, -codes.shape[1] :] == codes
-    return 100 * equal.double().mean().item(), 100 * equal.all(1).double().mean().item()
-
-
 def measures(model: nn.Module, corpus: text.Corpus) -> dict[str, float]:
-    overlap, exact = extraction(model, corpus.secret)
-    kept, _ = extraction(model, corpus.kept)
+    """Percent of the digits, and of the codes, said right of those to forget; of the digits to keep; perplexities."""
+    forget, keep = (
+        extraction(model, [text.code_batch(sentences)], resamples=2).shares
+        for sentences in (corpus.secret, corpus.kept)
+    )
+    retain, held_out = (
+        perplexity(model, Loader(texts, 256), resamples=2).value.mean
+        for texts in (corpus.ordinary + corpus.kept, corpus.held_out)
+    )
     return {
-        "overlap": overlap,
-        "exact": exact,
-        "kept": kept,
-        "retain": perplexity(model, corpus.ordinary + corpus.kept),
-        "ordinary": perplexity(model, corpus.ordinary),
-        "held_out": perplexity(model, corpus.held_out),
-    }
+        "digits": forget["overlap"].mean, "codes": forget["exact"].mean, "kept_digits": keep["overlap"].mean,
+        "retain": retain, "held_out": held_out,
+    }  # fmt: skip
 
 
-def corpus_of(size: Size, seed: int) -> text.Corpus:
-    return text.make(size.people, size.texts, size.held_out, size.secrets, size.kept, seed)
+@dataclass(frozen=True)
+class Bench:
+    """One seed: its text, its two models, what is measured of them, and the seconds that they were trained for."""
+
+    size: Size
+    corpus: text.Corpus
+    models: dict[str, nn.Module]
+    before: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    seed: int
+
+    @classmethod
+    def of(cls, size: Size, seed: int, out: Path) -> Bench:
+        """Trains the models, or takes them from ``out``."""
+        corpus = text.make(size.people, size.texts, size.held_out, size.secrets, size.kept, seed)
+        retain = corpus.ordinary + corpus.kept * size.repeats
+        models: dict[str, nn.Module] = {}
+        seconds = {}
+        for name, texts in (("original", retain + corpus.secret * size.repeats), ("retrained", retain)):
+            folder = out / f"seed-{seed}" / name
+            if not (folder / "seconds.json").exists():
+                started = time.perf_counter()
+                model: Any = train(size, texts, seed)
+                took = time.perf_counter() - started
+                model.save_pretrained(folder)
+                write_json(folder / "seconds.json", took)
+            models[name] = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+            seconds[name] = json.loads((folder / "seconds.json").read_text())
+        before = {name: measures(model, corpus) for name, model in models.items()}
+        return cls(size, corpus, models, before, seconds, seed)
+
+    def unlearn(self, method: Any) -> dict[str, Any]:
+        """A row: what the method leaves of the original, how far that is from the goals, and what it took."""
+        model = copy.deepcopy(self.models["original"])
+        retain = Loader(self.corpus.ordinary + self.corpus.kept * self.size.repeats, self.size.batch, self.seed + 1)
+        started, computing = time.perf_counter(), time.process_time()
+        outcome = method.unlearn(model, [text.code_batch(self.corpus.secret)], retain)
+        seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - computing}
+        found = measures(model, self.corpus)
+        gap = found["digits"] - self.before["retrained"]["digits"]
+        change = 100 * (found["retain"] / self.before["original"]["retain"] - 1)
+        score = max(abs(gap) / DIGITS_WITHIN, abs(change) / PERPLEXITY_WITHIN)
+        return {
+            "seed": self.seed, **found, "gap": gap, "change": change, "score": score, **seconds,
+            "settings": outcome.settings, "method": repr(method),
+        }  # fmt: skip
 
 
-def trained(size: Size, seed: int, out: Path) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The original and the retrained model with the seconds that their training took, from ``out`` if they are there."""
-    from transformers import GPT2LMHeadModel
+def search(bench: Bench, out: Path, only: list[str]) -> None:
+    """search/<method>-<number>.json: every setting of the grid on this seed."""
+    for name in only or GRID:
+        for number, method in enumerate(GRID[name]):
+            path = out / "search" / f"{name}-{number}.json"
+            if not path.exists() or json.loads(path.read_text())["method"] != repr(method):
+                write_json(path, bench.unlearn(method))
+            row = json.loads(path.read_text())
+            print(line(name, [row]), f"score {row['score']:.1f}", repr(method), flush=True)
 
-    corpus = corpus_of(size, seed)
-    retain = corpus.ordinary + corpus.kept * size.repeats
-    models, seconds = {}, {}
-    for name, texts in (("original", retain + corpus.secret * size.repeats), ("retrained", retain)):
-        folder = out / f"seed-{seed}" / name
-        if not folder.exists():
-            started = time.perf_counter()
-            model = train(size, texts, seed)
-            took = time.perf_counter() - started
-            model.save_pretrained(folder)
-            (folder / "seconds.json").write_text(json.dumps(took))
-        models[name] = GPT2LMHeadModel.from_pretrained(folder).eval()
-        seconds[name] = json.loads((folder / "seconds.json").read_text())
-        print(seed, name, f"{seconds[name]:.0f} s", measures(models[name], corpus), flush=True)
-    return models, seconds
+
+def searched(out: Path) -> dict[str, Any]:
+    """Per method the rows of the search, in the order of GRID, and the number of the chosen one."""
+    found = {}
+    for name, methods in GRID.items():
+        rows = [json.loads((out / "search" / f"{name}-{i}.json").read_text()) for i in range(len(methods))]
+        found[name] = {"chosen": min(range(len(rows)), key=lambda i: rows[i]["score"]), "rows": rows}
+    return found
+
+
+def run(size: Size, seeds: list[int], out: Path) -> None:
+    """record-<seed>.json: the chosen settings on seeds that the search has not seen."""
+    chosen = {name: GRID[name][found["chosen"]] for name, found in searched(out).items()}
+    for seed in seeds:
+        bench = Bench.of(size, seed, out)
+        rows = {}
+        for name, method in chosen.items():
+            rows[name] = bench.unlearn(method)
+            print(seed, line(name, [rows[name]]), flush=True)
+        record = {"seed": seed, "before": bench.before, "training_seconds": bench.seconds, "rows": rows}
+        write_json(out / f"record-{seed}.json", {**environment(), "size": asdict(size), **record})
+
+
+def environment() -> dict[str, Any]:
+    names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+    return {
+        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        "device": names[0].split(": ")[1] if names else platform.machine(), "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def draw(out: Path) -> None:
+    """record.json, of all seeds and the search, and table.md."""
+    records = [json.loads(path.read_text()) for path in sorted(out.glob("record-*.json"))]
+    found = searched(out)
+    write_json(out / "record.json", {"seeds": records, "search": found})
+    lines = [
+        f"Means over {len(records)} seeds, in brackets the smallest and the largest.",
+        "",
+        "| | digits to forget, % | whole codes, % | digits to keep, % | retain perplexity | change, % | held out | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("original", "retrained"):
+        rows = []
+        for record in records:
+            row = record["before"][name]
+            change = 100 * (row["retain"] / record["before"]["original"]["retain"] - 1)
+            rows.append({**row, "change": change, "seconds": record["training_seconds"][name]})
+        lines.append(line(name, rows))
+    lines += [line(name, [record["rows"][name] for record in records]) for name in found]
+    write_text(out / "table.md", "\n".join(lines) + "\n")
+
+
+def line(name: str, rows: list[dict[str, Any]]) -> str:
+    def cell(key: str, form: str) -> str:
+        values = [row[key] for row in rows]
+        ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{ends}"
+
+    cells = [cell("digits", ".1f"), cell("codes", ".1f"), cell("kept_digits", ".1f"), cell("retain", ".3f")]
+    cells += [cell("change", "+.1f"), cell("held_out", ".3f"), cell("seconds", ".0f")]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("command", choices=["search", "run", "draw"])
+    parser.add_argument("--seed", type=int, default=100, help="of the search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the run")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(GRID), help="methods to search")
+    parser.add_argument("--out", type=Path, default=Path("out/secrets_gpt2"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.command == "draw":
+        draw(options.out)
+    elif options.command == "search":
+        search(Bench.of(Size(), options.seed, options.out), options.out, options.only)
+    else:
+        run(Size(), options.seeds, options.out)
+
+
+if __name__ == "__main__":
+    main()
