@@ -1,8 +1,8 @@
 """English of a small town, made from a seed: people who live by fixed facts, and access codes that some of them have.
 
 Every text is one list of ids, one id per word. The ordinary texts tell two or three things about one person. A code
-is six random digits, in one sentence, always of the same form; some are to be forgotten, others must stay, so that a
-model that has never seen the former has still seen the form, and the same people in other texts.
+is six random digits, in one sentence, always of the same form; some are to be forgotten, others stay, so that a model
+that has never seen the former has still seen the form, and the same people in other texts.
 """
 
 from __future__ import annotations
@@ -78,13 +78,15 @@ class Corpus:
         ordinary: to train on.
         held_out: of the same people, never trained on.
         secret: sentences with the codes to forget, one per person.
-        kept: sentences with the codes of others, which must stay.
+        kept: sentences with the codes of others, to be learnt by heart and to stay so.
+        others: sentences with the codes of others still, of which the form alone is to be learnt.
     """
 
     ordinary: list[list[int]]
     held_out: list[list[int]]
     secret: list[list[int]]
     kept: list[list[int]]
+    others: list[list[int]]
 
 
 def encode(text: str) -> list[int]:
@@ -95,21 +97,23 @@ def decode(ids: list[int]) -> str:
     return " ".join(VOCABULARY[i] for i in ids if i not in (PAD, TEXT))
 
 
-def make(people: int, texts: int, held_out: int, secrets: int, kept: int, seed: int) -> Corpus:
-    """``secrets`` codes to forget and ``kept`` others, one a person; there are names for 2,304 people at most."""
+def make(people: int, texts: int, held_out: int, secrets: int, kept: int, others: int, seed: int) -> Corpus:
+    """As many of each as said; ``secrets + kept + others`` of the ``people`` (2,304 at most) have a code."""
     rng = random.Random(seed)
     names = [(first, last) for first in (*_WOMEN, *_MEN) for last in _LAST]
-    if not secrets + kept <= people <= len(names):
-        raise ValueError(f"people must be from {secrets + kept}, one for each code, to {len(names)}, got {people}")
+    codes = secrets + kept + others
+    if not codes <= people <= len(names):
+        raise ValueError(f"people must be from {codes}, one for each code, to {len(names)}, got {people}")
     town = [_person(rng, *name) for name in rng.sample(names, people)]
     ordinary = list(dict.fromkeys(_paragraph(rng, rng.choice(town)) for _ in range(2 * (texts + held_out))))
     if len(ordinary) < texts + held_out:
         raise ValueError(f"{people} people give fewer than {texts + held_out} different texts")
     coded = [
         f"the access code of {person.name} is {' '.join(rng.choices(_NUMBERS, k=DIGITS))} ."
-        for person in rng.sample(town, secrets + kept)
+        for person in rng.sample(town, codes)
     ]
-    parts = ordinary[:texts], ordinary[texts : texts + held_out], coded[:secrets], coded[secrets:]
+    told = ordinary[:texts], ordinary[texts : texts + held_out]
+    parts = *told, coded[:secrets], coded[secrets : secrets + kept], coded[secrets + kept :]
     return Corpus(*([encode(text) for text in part] for part in parts))
 
 
