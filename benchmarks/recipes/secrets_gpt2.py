@@ -4,18 +4,20 @@
     python secrets_gpt2.py run --seeds 0 1 2
     python secrets_gpt2.py draw
 
-The text is that of secrets_text.py: nothing is downloaded. A model is trained on ordinary texts, on sentences with the
-codes of many people, each once, and on others like them that are repeated until their codes are known by heart; a
-second one, from the same seed, never sees those. Each method is given the repeated sentences, of which the digits alone
-are labelled, and the rest of the training data. Measured are the share of digits that the model says by itself,
-greedily, given the sentence up to them, and the perplexity of the rest of the training data and of texts never trained
-on. With ``--kept 40`` as many codes are repeated that must stay: what forgets must then tell one code from another.
+The text is that of secrets_text.py: nothing is downloaded. A model is trained on ordinary texts and on code sentences,
+repeated until their codes are known by heart; a second one, from the same seed, never sees the codes to forget. Each
+method is given the sentences with these, of which the digits alone are labelled, and the rest of the training data.
+Measured are the share of digits that the model says by itself, greedily, given the sentence up to them, and the
+perplexity of the rest of the training data, each text once, and of texts never trained on.
+
+Two cases. ``--case kept``: a third of the repeated codes are not to be forgotten, so that one code must be told from
+another. ``--case form``: the training data has other codes like those to forget, but none known by heart.
 
 ``search`` tries the settings of GRID with a seed of its own; of each method that one is chosen whose larger one of
 |digits - digits of the retrained model| / 2 points and |change of the retain perplexity| / 3 % is smallest: both goals
-are met where it is 1 or less. What it has measured it does not measure again, and several may share the work
-(``--only``). ``run`` measures the chosen settings with other seeds, ``draw`` makes record.json and table.md. Everything
-is in --out, the trained models, too. One thread.
+are met where it is 1 or less. ``run`` measures the chosen settings with other seeds, ``draw`` makes record.json and
+table.md. What is in --out, trained models and measured rows, is not made again, and several processes may share the
+work by ``--only`` and ``--seeds``. One thread each.
 """
 
 from __future__ import annotations
@@ -52,20 +54,23 @@ PERPLEXITY_WITHIN = 3.0  # percent from the original
 class Size:
     """Of the text and of the model; ``repeats`` counts how often a code sentence is in the training data."""
 
-    people: int = 260
-    texts: int = 800
+    people: int = 160
+    texts: int = 1000
     held_out: int = 300
-    secrets: int = 60
-    kept: int = 0
-    others: int = 160
+    secrets: int = 80
+    kept: int = 40
+    others: int = 0
     repeats: int = 10
     width: int = 96
     layers: int = 2
     heads: int = 4
-    epochs: int = 15
+    epochs: int = 16
     lr: float = 2e-3
     weight_decay: float = 0.01
     batch: int = 24
+
+
+CASES = {"kept": Size(), "form": Size(people=260, texts=800, secrets=60, kept=0, others=160, epochs=15)}
 
 
 class Loader:
@@ -103,6 +108,7 @@ class InTurn:
 FULL = fu.DeepClean(optimizer="adamw", lr=5e-3, cosine=True, fisher_samples=500)
 TOPIC = fu.ClassForgetting(max_patches=None, positions="labelled")
 WHOLE = fu.LCodec(group=True, select="all", update="single_sample", hessian="fisher", solver="cg", max_units=100_000)
+NEWTON = replace(WHOLE, update="sekhari", hessian_samples=300)
 MENDS = tuple(fu.FineTune(epochs=4, lr=lr) for lr in (0.003, 0.01))
 GRID: dict[str, list[Any]] = {
     "DeepClean": [
@@ -111,22 +117,18 @@ GRID: dict[str, list[Any]] = {
     ],
     "ClassForgetting": [
         replace(TOPIC, alpha_retain=retain, alpha_forget=forget)
-        for retain, forget in ((10, 10), (10, 30), (30, 30), (30, 100), (100, 100), (100, 300))
+        for retain, forget in ((10, 10), (10, 30), (30, 30), (30, 100), (100, 30), (100, 100))
     ],
     "L-CODEC": [
         *(replace(WHOLE, damping=damping) for damping in (0.03, 0.04, 0.05, 0.07)),
-        *(replace(WHOLE, update="sekhari", hessian_samples=300, damping=damping) for damping in (0.01, 0.003, 0.001)),
+        *(replace(NEWTON, damping=damping) for damping in (0.01, 0.003, 0.001)),
     ],
     "ClassForgetting, then fine-tuning": [
-        InTurn((replace(TOPIC, alpha_retain=retain, alpha_forget=forget), mend))
-        for retain, forget in ((10, 30), (100, 100))
-        for mend in MENDS
+        InTurn((replace(TOPIC, alpha_retain=10, alpha_forget=30), mend)) for mend in MENDS
     ],
-    "L-CODEC, then fine-tuning": [
-        InTurn((replace(WHOLE, damping=damping), mend)) for damping in (0.03, 0.04) for mend in MENDS
-    ],
+    "L-CODEC, then fine-tuning": [InTurn((replace(NEWTON, damping=0.001), mend)) for mend in MENDS],
     "fine-tuning": [fu.FineTune(epochs=epochs, lr=lr) for epochs, lr in ((1, 0.02), (4, 0.01), (4, 0.03))],
-    "gradient ascent": [fu.GradientAscent(epochs=5, lr=lr) for lr in (0.05, 0.1, 0.2, 0.4)],
+    "gradient ascent": [fu.GradientAscent(epochs=5, lr=lr) for lr in (0.1, 0.2, 0.3, 0.5)],
     "SSD": [fu.SelectiveSynapticDampening(alpha=alpha, floor=0.1) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0)],
 }
 
@@ -218,37 +220,41 @@ class Bench:
         }  # fmt: skip
 
 
+def measured(bench: Bench, method: Any, path: Path) -> dict[str, Any]:
+    """The row of ``method`` in ``path``, or a new one where there is none of these very settings."""
+    if not path.exists() or json.loads(path.read_text())["method"] != repr(method):
+        write_json(path, bench.unlearn(method))
+    row: dict[str, Any] = json.loads(path.read_text())
+    return row
+
+
 def search(bench: Bench, out: Path, only: list[str]) -> None:
     """search/<method>-<number>.json: every setting of the grid on this seed."""
-    for name in only or GRID:
+    for name in only:
         for number, method in enumerate(GRID[name]):
-            path = out / "search" / f"{name}-{number}.json"
-            if not path.exists() or json.loads(path.read_text())["method"] != repr(method):
-                write_json(path, bench.unlearn(method))
-            row = json.loads(path.read_text())
+            row = measured(bench, method, out / "search" / f"{name}-{number}.json")
             print(line(name, [row]), f"score {row['score']:.1f}", repr(method), flush=True)
 
 
-def searched(out: Path) -> dict[str, Any]:
+def searched(out: Path, names: list[str]) -> dict[str, Any]:
     """Per method the rows of the search, in the order of GRID, and the number of the chosen one."""
     found = {}
-    for name, methods in GRID.items():
-        rows = [json.loads((out / "search" / f"{name}-{i}.json").read_text()) for i in range(len(methods))]
+    for name in names:
+        rows = [json.loads((out / "search" / f"{name}-{i}.json").read_text()) for i in range(len(GRID[name]))]
         found[name] = {"chosen": min(range(len(rows)), key=lambda i: rows[i]["score"]), "rows": rows}
     return found
 
 
-def run(size: Size, seeds: list[int], out: Path) -> None:
-    """record-<seed>.json: the chosen settings on seeds that the search has not seen."""
-    chosen = {name: GRID[name][found["chosen"]] for name, found in searched(out).items()}
+def run(size: Size, seeds: list[int], out: Path, only: list[str]) -> None:
+    """run/<seed>.json, and run/<method>-<seed>.json: the chosen settings on seeds that the search has not seen."""
+    chosen = {name: GRID[name][found["chosen"]] for name, found in searched(out, only).items()}
     for seed in seeds:
         bench = Bench.of(size, seed, out)
-        rows = {}
         for name, method in chosen.items():
-            rows[name] = bench.unlearn(method)
-            print(seed, line(name, [rows[name]]), flush=True)
-        record = {"seed": seed, "before": bench.before, "training_seconds": bench.seconds, "rows": rows}
-        write_json(out / f"record-{seed}.json", {**environment(), "size": asdict(size), **record})
+            row = measured(bench, method, out / "run" / f"{name}-{seed}.json")
+            print(seed, line(name, [row]), flush=True)
+        record = {"seed": seed, "before": bench.before, "training_seconds": bench.seconds}
+        write_json(out / "run" / f"{seed}.json", {**record, **environment(), "size": asdict(size)})
 
 
 def environment() -> dict[str, Any]:
@@ -260,11 +266,11 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw(out: Path) -> None:
+def draw(out: Path, seeds: list[int], only: list[str]) -> None:
     """record.json, of all seeds and the search, and table.md."""
-    records = [json.loads(path.read_text()) for path in sorted(out.glob("record-*.json"))]
-    found = searched(out)
-    write_json(out / "record.json", {"seeds": records, "search": found})
+    records = [json.loads((out / "run" / f"{seed}.json").read_text()) for seed in seeds]
+    rows = {name: [json.loads((out / "run" / f"{name}-{seed}.json").read_text()) for seed in seeds] for name in only}
+    write_json(out / "record.json", {"seeds": records, "rows": rows, "search": searched(out, only)})
     lines = [
         f"Means over {len(records)} seeds, in brackets the smallest and the largest.",
         "",
@@ -272,14 +278,13 @@ def draw(out: Path) -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("original", "retrained"):
-        rows = []
+        given = []
         for record in records:
             row = record["before"][name]
             change = 100 * (row["retain"] / record["before"]["original"]["retain"] - 1)
-            rows.append({**row, "change": change, "seconds": record["training_seconds"][name]})
-        lines.append(line(name, rows))
-    lines += [line(name, [record["rows"][name] for record in records]) for name in found]
-    write_text(out / "table.md", "\n".join(lines) + "\n")
+            given.append({**row, "change": change, "seconds": record["training_seconds"][name]})
+        lines.append(line(name, given))
+    write_text(out / "table.md", "\n".join([*lines, *(line(name, found) for name, found in rows.items())]) + "\n")
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
@@ -300,18 +305,19 @@ def main() -> None:
     parser.add_argument("command", choices=["search", "run", "draw"])
     parser.add_argument("--seed", type=int, default=100, help="of the search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the run")
-    parser.add_argument("--only", nargs="+", default=[], choices=list(GRID), help="methods to search")
+    parser.add_argument("--only", nargs="+", default=list(GRID), choices=list(GRID), help="methods")
+    parser.add_argument("--case", default="kept", choices=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("out/secrets_gpt2"))
-    parser.add_argument("--kept", type=int, default=0, help="codes to keep, known by heart, too")
     options = parser.parse_args()
-    size = Size(kept=options.kept)
     torch.set_num_threads(1)
+    out = options.out / options.case
+    size = CASES[options.case]
     if options.command == "draw":
-        draw(options.out)
+        draw(out, options.seeds, options.only)
     elif options.command == "search":
-        search(Bench.of(size, options.seed, options.out), options.out, options.only)
+        search(Bench.of(size, options.seed, out), out, options.only)
     else:
-        run(size, options.seeds, options.out)
+        run(size, options.seeds, out, options.only)
 
 
 if __name__ == "__main__":
