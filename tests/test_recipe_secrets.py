@@ -16,7 +16,7 @@ import secrets_gpt2 as recipe  # noqa: E402
 import secrets_text as text  # noqa: E402
 
 SMALL = recipe.Size(
-    people=80, texts=160, held_out=40, secrets=20, kept=0, others=40, repeats=8, width=64, epochs=24, lr=4e-3
+    people=60, texts=160, held_out=40, secrets=15, kept=0, others=40, repeats=8, width=48, epochs=20, lr=5e-3, batch=16
 )
 
 
@@ -65,8 +65,8 @@ def test_codes_are_known_by_heart_by_the_original_alone(bench: Any) -> None:
 
 
 def test_deepclean_forgets_the_codes_and_keeps_the_language(bench: Any) -> None:
-    row = bench.unlearn(replace(recipe.FULL, fraction=0.3, finetune_epochs=12))
-    print(row)
+    row = bench.unlearn(replace(recipe.FULL, fraction=0.2, finetune_epochs=16, lr=0.01))
     assert row["codes"] == 0
-    assert abs(row["gap"]) < 12  # two models that guess 120 digits differ by 4 points, one deviation
-    assert row["change"] < 10
+    assert abs(row["gap"]) < 12  # of 90 digits: two models that guess differ by 4.5 points, one deviation
+    # Of texts never trained on: those that were, so few, are known by heart in part, which any reset undoes.
+    assert row["held_out"] < 1.25 * bench.before["original"]["held_out"]

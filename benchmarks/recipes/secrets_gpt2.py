@@ -113,7 +113,7 @@ MENDS = tuple(fu.FineTune(epochs=4, lr=lr) for lr in (0.003, 0.01))
 GRID: dict[str, list[Any]] = {
     "DeepClean": [
         replace(FULL, fraction=fraction, finetune_epochs=epochs)
-        for fraction, epochs in ((0.1, 12), (0.2, 12), (0.3, 12), (0.3, 16))
+        for fraction, epochs in ((0.1, 12), (0.2, 12), (0.3, 12), (0.3, 16), (0.4, 16))
     ],
     "ClassForgetting": [
         replace(TOPIC, alpha_retain=retain, alpha_forget=forget)
@@ -122,6 +122,7 @@ GRID: dict[str, list[Any]] = {
     "L-CODEC": [
         *(replace(WHOLE, damping=damping) for damping in (0.03, 0.04, 0.05, 0.07)),
         *(replace(NEWTON, damping=damping) for damping in (0.01, 0.003, 0.001)),
+        *(replace(WHOLE, damping=damping) for damping in (0.15, 0.3)),
     ],
     "ClassForgetting, then fine-tuning": [
         InTurn((replace(TOPIC, alpha_retain=10, alpha_forget=30), mend)) for mend in MENDS
@@ -129,7 +130,10 @@ GRID: dict[str, list[Any]] = {
     "L-CODEC, then fine-tuning": [InTurn((replace(NEWTON, damping=0.001), mend)) for mend in MENDS],
     "fine-tuning": [fu.FineTune(epochs=epochs, lr=lr) for epochs, lr in ((1, 0.02), (4, 0.01), (4, 0.03))],
     "gradient ascent": [fu.GradientAscent(epochs=5, lr=lr) for lr in (0.1, 0.2, 0.3, 0.5)],
-    "SSD": [fu.SelectiveSynapticDampening(alpha=alpha, floor=0.1) for alpha in (0.01, 0.03, 0.1, 0.3, 1.0)],
+    # What is known by heart has gradients near zero, so its Fisher information is too: the paper's scale finds nothing.
+    "SSD": [
+        fu.SelectiveSynapticDampening(alpha=scale, dampening=scale, floor=0.1) for scale in (10.0, 1e-2, 1e-3, 1e-4)
+    ],
 }
 
 
