@@ -132,7 +132,7 @@ GRID: dict[str, list[Any]] = {
     "gradient ascent": [fu.GradientAscent(epochs=5, lr=lr) for lr in (0.1, 0.2, 0.3, 0.5)],
     # What is known by heart has gradients near zero, so its Fisher information is too: the paper's scale finds nothing.
     "SSD": [
-        fu.SelectiveSynapticDampening(alpha=scale, dampening=scale, floor=0.1) for scale in (10.0, 1e-2, 1e-3, 1e-4)
+        fu.SelectiveSynapticDampening(alpha=scale, dampening=scale, floor=0.1) for scale in (10.0, 0.1, 0.03, 0.01)
     ],
 }
 
