@@ -134,12 +134,6 @@ def code_batch(sentences: list[list[int]]) -> dict[str, Tensor]:
     return made
 
 
-def prompts_and_codes(sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Code sentences up to "is", [N, T], and the digits after it, [N, 6]."""
-    ids = torch.tensor(sentences)
-    return ids[:, : -2 - DIGITS], ids[:, -2 - DIGITS : -2]
-
-
 def _person(rng: random.Random, first: str, last: str) -> Person:
     return Person(
         f"{first} {last}", first in _WOMEN, rng.choice(_JOBS), rng.choice(_TOWNS), rng.choice(_PETS),
