@@ -188,11 +188,11 @@ def _first(raw: Any, samples: int) -> Batch:
     return next(read([resized], "batch", _CPU))
 
 
-class _Held(TorchDispatchMode):
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are made while it is entered, until they are freed, by kind."""
 
     def __init__(self, before: Iterable[Tensor], logits: torch.Size) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.logits = logits
         self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in before}
         self.held: Counter[str] = Counter()
@@ -407,21 +407,36 @@ class _Run:
             work = _Work(
                 self.model, method.loss_fn, method.fisher, "sequence", 0, _HollowSums(part, way), nullcontext, ALONE
             )
-            plan = self._rules(work)
+            plan, planning = self._rules(work)
             with _Held(self._before(work.sums.held.values()), self.logits) as held:
                 if work._add(self.batch, list(plan.units), plan) is None:
                     raise ValueError("the model uses its parameters differently for two samples and for this batch")
                 work.sums.flush()
-        return held.at_most
+        if planning > held.most:
+            return Counter({"planning on two samples": planning})
+        found: Counter[str] = held.at_most
+        return found
 
-    def _rules(self, work: _Work) -> Plan:
+    def _rules(self, work: _Work) -> tuple[Plan, int]:
+        """The plan of a pass, and what making it takes of two samples, where one does not see it from the batch: all
+        that modules are given and return, and beside it a second graph where copies per sample are tried."""
         one, two = _first(self.raw, 1), _first(self.raw, 2)
+        given = [leaf for b in (one, two) for leaf in _tensors(b)]
         owners = ruled_owners(dict(self.model.named_modules()))
         with observing(self.model, work.losses_of, one, keep=False) as (observed, losses):
             shapes = {m: [(r.inputs, r.outputs) for r in records] for m, records in observed.records.items()}
             reached = Counter({m: observed.reached(m) for m in observed.records})
             seen = Probe(shapes, reached, observed.survey.edges, losses.detach(), random=False)
-        return sharded_plan(self.model, work.losses_of, two, seen, owners, work.targets, work.autocast, None)
+        del observed, losses
+        before = self._before([*given, *work.sums.held.values()])
+        with _Held(before, self.logits) as held:
+            plan = sharded_plan(self.model, work.losses_of, two, seen, owners, work.targets, work.autocast, None)
+        if not plan.copies:
+            return plan, held.most if self.sharding == "fsdp" or self.batch.size == 1 else 0
+        with _Held(before, self.logits) as trial:
+            outputs = two.outputs(self.model)
+        del outputs
+        return plan, held.most + (trial.most if self.sharding != "fsdp" else 0)
 
     def _steps(self, method: DeepClean) -> Counter[str]:
         """Of two steps of fine-tuning, beyond the gradients, in the order of :func:`descend`."""
@@ -435,7 +450,7 @@ class _Run:
                 parameter.requires_grad_(id(parameter) in tuned)
                 parameter.grad = None
                 if sharded and id(parameter) in tuned:  # its gradient goes to the shards at once
-                    handles.append(parameter.register_post_accumulate_grad_hook(_drop))
+                    handles.append(parameter.register_post_accumulate_grad_hook(_drop))  # type: ignore[no-untyped-call]
             for _ in range(2):
                 with autocast_to(_CPU, method.autocast):
                     outputs = self.batch.outputs(self.model)
@@ -451,9 +466,11 @@ class _Run:
         return Counter({"kept of a batch, gradients in flight": max(held.most - beyond, 0)})
 
     def _before(self, others: Iterable[Tensor] = ()) -> list[Tensor]:
-        batch = [leaf for leaf in tree_leaves((self.batch.args, self.batch.kwargs, self.batch.targets))
-                 if isinstance(leaf, Tensor)]  # fmt: skip
-        return [*self.model.parameters(), *self.model.buffers(), *batch, *others]
+        return [*self.model.parameters(), *self.model.buffers(), *_tensors(self.batch), *others]
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((batch.args, batch.kwargs, batch.targets)) if isinstance(leaf, Tensor)]
 
 
 def _drop(parameter: Tensor) -> None:

@@ -503,6 +503,8 @@ def _spreads(search: _Search, around: Unit, module: nn.Module, local: str | None
         used = {p for _, _, p in edges_between(graph, set())}
         if any(id(p) in used for p in ([module._parameters[local]] if local else module.parameters())):
             return False  # there is another way to the value than the one replaced
+        together = [t.detach() for t in together]  # the graph holds what a pass of two does; let it go before the next
+        del graph
         alone = _run_with(search, around, single, module, local, other)
         if not _agree(together, _before(search, around, record, single), alone, around.output_axes):
             return False
