@@ -7,6 +7,7 @@ from fastunlearn.codec import Foci, codec, foci
 from fastunlearn.evaluate import Confusion, Metrics, confusion_matrix, evaluate
 from fastunlearn.fisher import FisherDiagonal, fisher_diagonal
 from fastunlearn.independence import CodecTest, codec_test
+from fastunlearn.language import causal_lm_loss, is_causal_lm
 from fastunlearn.lowrank import RSVD, StreamingSketch, batched_eigh, batched_rsvd
 from fastunlearn.methods.baselines import FineTune, GradientAscent, Retrain
 from fastunlearn.methods.budget import Budget
@@ -19,6 +20,7 @@ from fastunlearn.methods.newton import Privacy
 from fastunlearn.methods.subspace_report import AlphaSearch, Plan, Spectrum, WeightChange, layer_change
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.deal import deal
 from fastunlearn.subspace import spectral_filter
 
 __all__ = [
@@ -50,12 +52,15 @@ __all__ = [
     "WeightChange",
     "batched_eigh",
     "batched_rsvd",
+    "causal_lm_loss",
     "codec",
     "codec_test",
     "confusion_matrix",
+    "deal",
     "evaluate",
     "fisher_diagonal",
     "foci",
+    "is_causal_lm",
     "layer_change",
     "ops",
     "spectral_filter",

@@ -312,11 +312,16 @@ def shards_of(index: Path) -> dict[Path, set[str]]:
         raise ValueError(f"{index}: expected 'weight_map', a dictionary from weights to the files they are in")
     shards = sorted(set(where.values()))
     for shard in shards:
-        if shard in ("", ".", "..") or re.search(r"[/\\:\0]", shard):
+        if not is_plain_name(shard):
             raise ValueError(f"{index}: names the shard {shard!r}; shards must be files in the same folder")
         if not (index.parent / shard).is_file():
             raise FileNotFoundError(f"{index}: names the shard {shard}, which is not in {index.parent}")
     return {index.parent / shard: {key for key, name in where.items() if name == shard} for shard in shards}
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of this name lies in the folder it is looked for in, and nowhere else."""
+    return name not in ("", ".", "..") and not re.search(r"[/\\:\0]", name)
 
 
 def require_listed(found: Collection[str], listed: Collection[str], shard: Path, index: Path) -> None:

@@ -13,7 +13,9 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,11 @@ from typing import Any, NoReturn
 import torch
 
 from fastunlearn.jobs.config import ConfigError, add_flags, resolve
+from fastunlearn.parallel import launch
 
 OPENING = ("model", "model_arguments", "weights", "data", "data_options", "forget", "retain", "test", "validation",
-           "batch_size", "device", "seed")  # fmt: skip
-MEASURING = ("reference", "measured", "probes", "relearn", "bootstrap")
+           "batch_size", "device", "parallel", "dtype", "seed")  # fmt: skip
+MEASURING = ("reference", "measured", "probes", "questions", "relearn", "bootstrap")
 ONE_METHOD = ("method", "settings", "method_samples", "training")
 WRITING = ("pictures", "out")
 COMMANDS = {
@@ -34,6 +37,7 @@ COMMANDS = {
     "compare": (*OPENING, "methods", "method_samples", "training", "stack", *MEASURING, "seeds", *WRITING),
     "evaluate": (*OPENING, *MEASURING, "out"),
 }
+TOGETHER = ("unlearn",)  # commands that several processes may run
 DESCRIPTIONS = {
     "unlearn": "make a checkpoint forget, measure it, and write a record",
     "plan": "what unlearn would read, how long and how much memory it would take, and what it does to each layer",
@@ -43,7 +47,25 @@ DESCRIPTIONS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. One of several processes that has failed ends right here, with it."""
+    with launch.watched("fastunlearn") as watch:
+        if watch is None:
+            code, _, line = _attempt(argv)
+            launch.say(line)
+            return code
+        signal.signal(signal.SIGINT, _interrupted)
+        try:
+            code, error, line = _attempt(argv)
+        except SystemExit as stopped:  # of argparse, which has said why
+            code, error, line = int(stopped.code or 0), None, ""
+        launch.say(watch.settle(code, error, line))
+        if code:
+            os._exit(code)  # what others have left, a collective may keep a process for
+        return code
+
+
+def _attempt(argv: Sequence[str] | None) -> tuple[int, BaseException | None, str]:
+    """Run one command: the exit code, what was raised, and what there is to say about it."""
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -51,31 +73,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.error(f"{flag} is not known here" + (f"; did you mean {close[0]}?" if close else ""))
     command = " ".join(part for part in (arguments.command, getattr(arguments, "action", None)) if part)
     try:
+        if launch.launched() and command not in TOGETHER:
+            raise ConfigError(f"works in one process; start it without torchrun, which is for {', '.join(TOGETHER)}")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {_line(message)}")
             code: int = arguments.run(arguments)
         if sys.stdout is not None:  # closed from the start
             sys.stdout.flush()
-    except BrokenPipeError:  # all is written but what is said about it, and who reads that has gone, as head does
+    except BrokenPipeError as error:  # all is written but what is said about it, and who reads that has gone, as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 141
-    except KeyboardInterrupt:
+        return 141, error, ""
+    except KeyboardInterrupt as error:
         more = "; --resume goes on with it" if hasattr(arguments, "resume") else ""
-        print(f"fastunlearn {command}: interrupted; nothing half done is left{more}", file=sys.stderr)
-        return 130
+        return 130, error, f"fastunlearn {command}: interrupted; nothing half done is left{more}"
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if arguments.debug:
-            raise
-        print(f"fastunlearn {command}: {_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return code
+            traceback.print_exception(error)
+        return 2 if isinstance(error, ConfigError) else 1, error, f"fastunlearn {command}: {_line(error)}"
+    return code, None, ""
+
+
+def _interrupted(*_: object) -> NoReturn:
+    """Ctrl-C reaches a process from the terminal and from torchrun; once is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors take one line, as all others do."""
+    """Its errors take one line, as all others do, and are said by one process."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if launch.speaks():
+            super()._print_message(message, file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,7 +159,8 @@ def _line(message: BaseException | str) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if launch.speaks():
+        launch.say(text)
 
 
 def _console() -> Any:
@@ -150,8 +183,13 @@ def _show(findings: dict[str, Any]) -> None:
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     from fastunlearn.jobs.deletion import unlearn
+    from fastunlearn.jobs.task import device_named
 
-    out, findings = unlearn(resolve(arguments), arguments.resume, _say)
+    config = resolve(arguments)
+    with launch.joined(device_named(config.device)) as ranks:
+        out, findings = unlearn(config, arguments.resume, _say, ranks)
+    if not launch.speaks():
+        return 0
     _show(findings)
     print(f"written to {out}: the checkpoint, patch.safetensors, record.json, report.html; keep {out / 'salt'} apart")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Batches = Iterable[Any]
@@ -27,14 +29,47 @@ class Batch:
     size: int
 
     def outputs(self, model: nn.Module) -> Any:
-        """The model's outputs; of a Hugging Face output object, its logits."""
-        outputs = model(*self.args, **self.kwargs)
+        """The model's outputs; of a Hugging Face output object, its logits.
+
+        Hugging Face's models are told to keep no keys and values for a continuation, unless the batch says otherwise:
+        they are memory for nothing, and a layer that was called with them can not be run again by itself.
+
+        Raises ValueError for token ids or positions that an embedding of the model does not have.
+        """
+        uncached = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
+        try:
+            outputs = model(*self.args, **{**uncached, **self.kwargs})
+        except IndexError as error:
+            if str(error) != "index out of range in self":  # torch's, of an embedding on the CPU
+                raise
+            shapes = [list(t.shape) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+            raise ValueError(
+                f"the model has no embedding for an index in a batch of shape {shapes[0]}: a token id beyond its "
+                "vocabulary, or more positions than it takes"
+            ) from error
         return getattr(outputs, "logits", outputs)
 
     def __getitem__(self, samples: slice) -> Batch:
         """The same batch with only these samples."""
         args, kwargs, targets = tree_map_only(Tensor, lambda t: t[samples], (self.args, self.kwargs, self.targets))
         return Batch(args, kwargs, targets, len(range(self.size)[samples]))
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the forward pass of the model itself takes, not that of DistributedDataParallel's, torch.compile's or peft's
+    wrapper around it; nothing of TorchScript, which tells it to nobody."""
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+        return forward_parameters(model.module)
+    if isinstance(model, torch.jit.ScriptModule):
+        return {}
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)  # peft
+    return inspect.signature((base() if callable(base) else model).forward).parameters
+
+
+def transparent(raw: Any) -> Any:
+    """A batch that ``torch.utils._pytree`` sees into, which it does not into what Hugging Face's collators return."""
+    return dict(raw) if isinstance(raw, Mapping) else raw
 
 
 def require_batches(batches: Batches, name: str) -> None:
@@ -59,7 +94,8 @@ class FirstSamples:
         seen = 0
         for raw in self.batches:
             yield raw
-            seen += next((len(leaf) for leaf in tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+            leaves = tree_leaves(transparent(raw))
+            seen += next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0)
             if self.samples is not None and seen >= self.samples:
                 return
 
@@ -88,9 +124,7 @@ def read(batches: Batches, name: str, device: torch.device) -> Iterator[Batch]:
 
 
 def _batch(raw: Any, name: str, device: torch.device) -> Batch:
-    if isinstance(raw, Mapping):
-        raw = dict(raw)  # what Hugging Face's collators return is a leaf to tree_map
-    raw = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), raw)
+    raw = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), transparent(raw))
     if isinstance(raw, Mapping):
         if "labels" not in raw:
             raise ValueError(f"a batch of {name} is a dict without 'labels'; it has {sorted(raw)}")
@@ -124,7 +158,15 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy_by_position(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits [N, C, ...], shape [N, ...], halves in float32; zero where the label is -100."""
+    """Cross-entropy of logits [N, C, ...], shape [N, ...], halves in float32; zero where the label is -100.
+
+    Raises ValueError for labels of other positions.
+    """
+    if isinstance(targets, Tensor) and targets.shape not in (outputs.shape, outputs.shape[:1] + outputs.shape[2:]):
+        raise ValueError(
+            f"cross-entropy takes logits [N, C, ...] and labels [N, ...], got {list(outputs.shape)} and "
+            f"{list(targets.shape)}; pass loss_fn= for a model of logits [N, T, C]"
+        )
     if outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()
     return F.cross_entropy(outputs, targets, reduction="none", ignore_index=IGNORED)

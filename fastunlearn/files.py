@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,16 @@ def write_text(path: str | Path, text: str) -> None:
     """``text`` as UTF-8, as :func:`replacing` does it."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def linked(source: Path, path: Path) -> None:
+    """A second name for a file, or a copy of it where the file system has one name for each; replaces ``path``."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        with open(source, "rb") as old, replacing(path) as new:
+            shutil.copyfileobj(old, new)
 
 
 def sha256_of_file(path: str | Path) -> str:

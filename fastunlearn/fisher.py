@@ -19,7 +19,9 @@ from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastunlearn.data import (
     IGNORED,
@@ -29,7 +31,6 @@ from fastunlearn.data import (
     labelled_positions,
     per_position_loss,
     per_sample_loss,
-    read,
 )
 from fastunlearn.draws import derived_seed
 from fastunlearn.graph import Aliases, Taps
@@ -37,7 +38,8 @@ from fastunlearn.hooks import Call, device_of, eager, preserved, recording, requ
 from fastunlearn.language import fisher_passes, is_next_token_loss, loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import together
-from fastunlearn.parallel.ranks import ALONE, Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.tensors import is_parallel, looked_up_here, on_this_rank
 from fastunlearn.planning import (
     Observed,
     Plan,
@@ -115,7 +117,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
                 raise ValueError(f"the diagonals are of {setting} {ours!r} and {theirs!r}, which do not add up")
         total = self.num_samples + other.num_samples
         share = other.num_samples / total
-        values = {name: torch.lerp(v, other[name].to(v), share) for name, v in self.items()}
+        values = {name: torch.lerp(v, _placed_like(v, other[name]), share) for name, v in self.items()}
         return FisherDiagonal(values, total, self.kind, self.sample)
 
     def __radd__(self, other: int) -> FisherDiagonal:
@@ -123,10 +125,21 @@ class FisherDiagonal(Mapping[str, Tensor]):
         return self if other == 0 else NotImplemented
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to a safetensors file."""
+        """Write everything to a safetensors file.
+
+        Of shards (DTensors) all ranks call this: rank 0 brings the whole diagonal together in host memory and writes
+        it. Replicas are the same on every rank: let one of them write. The shards of an ``offload``-ed pass are plain
+        tensors, and a file of them is this rank's part alone: give each rank a path of its own.
+        """
         from safetensors.torch import save_file
 
-        tensors = {name: value.contiguous() for name, value in self.items()}
+        tensors = {}
+        for name, value in self.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # one by one, on all ranks
+            if not isinstance(value, DTensor) or dist.get_rank() == 0:
+                tensors[name] = whole.cpu().contiguous()
+        if not tensors and len(self):
+            return
         about = {"num_samples": json.dumps(self.num_samples), "kind": self.kind, "sample": self.sample}
         save_file(tensors, path, metadata=about)
 
@@ -190,7 +203,10 @@ def fisher_diagonal(
 
     On several ranks (a model in DistributedDataParallel, or sharded by ``fully_shard``), every rank calls this with its
     own share of the samples, see :func:`fastunlearn.deal`; shares may differ in length and be empty. A rank adds up the
-    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found.
+    squares of its own shard alone: after each batch, layer by layer, it is sent those that the others found. Replicas
+    hold a batch's squares as whole weights besides. Shards take kernels alone, weights that all ranks use in every
+    batch, and no ``sample="token"``. What is wrong with one rank's samples is raised there; the others then end with
+    the error of their backend, or wait for its timeout where nothing like torchrun ends them.
 
     Raises:
         TypeError: ``batches`` can be read only once, or the model returns integers.
@@ -246,16 +262,17 @@ def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None
 
     For every parameter that requires grad: the rule of its layers, one copy per sample, all samples together or one by
     one inside a module, or that the loss does not depend on it. The model is left as it was; errors and cost are those
-    of :func:`fisher_diagonal` on one batch.
+    of :func:`fisher_diagonal` on one batch, of every rank its own; replicas may plan differently.
     """
     require_separable(model)
     require_finite(model)
-    device = device_of(model)
+    device, ranks = device_of(model), sharing(model)
+    model = unwrapped(model)
     with eager(), preserved(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is slow is in the answer
         targets = _select(model, None)
-        work = _Work(model, loss_fn, "empirical", "sequence", 0, Sums(targets, ALONE), _autocast(device), ALONE)
-        work.add(next(read(batches, "batches", device)))
+        work = _Work(model, loss_fn, "empirical", "sequence", 0, Sums(targets, ranks), _autocast(device), ranks)
+        work.add(*next(together(batches, "batches", device, ranks)))
     plan = work.plan
     assert plan is not None  # add() raises where there is none
     ways = {name: "the loss does not depend on it" for name in targets}
@@ -266,6 +283,14 @@ def fisher_plan(model: nn.Module, batches: Batches, loss_fn: LossFunction | None
         how = "all samples together" if fallback.batched else "one sample after another"
         ways |= dict.fromkeys(fallback.names, f"{how}, on {fallback.unit.label}")
     return ways
+
+
+def _placed_like(ours: Tensor, theirs: Tensor) -> Tensor:
+    """On the same device, in the same dtype, in the same shards."""
+    theirs = theirs.to(ours.device, ours.dtype)
+    if isinstance(ours, DTensor) and not isinstance(theirs, DTensor):
+        return distribute_tensor(theirs, ours.device_mesh, ours.placements, src_data_rank=None)
+    return theirs.full_tensor() if isinstance(theirs, DTensor) and not isinstance(ours, DTensor) else theirs
 
 
 def _select(model: nn.Module, params: Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -318,6 +343,11 @@ class _Work:
         self.model, self.loss_fn, self.kind, self.sample, self.seed = model, loss_fn, kind, sample, seed
         self.targets, self.sums, self.autocast, self.ranks = sums.parameters, sums, autocast, ranks
         self.device = device_of(model)
+        if sums.sharded and (sample == "token" or (kind == "exact" and is_next_token_loss(self.loss_fn))):
+            raise ValueError(
+                f"kind={kind!r} with sample={sample!r} takes a backward pass for every position, and the ranks of a "
+                "sharded model must take as many; use DistributedDataParallel"
+            )
         self.generator = torch.Generator(self.device)
         self.samples = 0
         self.batches = 0  # of all ranks, of which this one is at number ``batches + rank``
@@ -337,8 +367,7 @@ class _Work:
 
     def add(self, batch: Batch, counts: bool = True) -> None:
         """Add the batch's squares, or, of one that does not count, take part in what the ranks do together."""
-        before = self.samples
-        self.generator.manual_seed(derived_seed(self.seed, self.batches + self.ranks.rank))
+        before, self.sums.counts = self.samples, counts
         if self.sums.sharded:
             self._add_sharded(batch)
         else:
@@ -346,7 +375,6 @@ class _Work:
         self.batches += self.ranks.size
         if not counts:
             self.samples = before
-            self.sums.cancel()
         self.sums.flush()
 
     def _add_sharded(self, batch: Batch) -> None:
@@ -400,6 +428,8 @@ class _Work:
         one: Probe | None = None,
     ) -> Plan | None:
         """Add one batch's squares; returns the plan, or None with nothing added where the batch does not fit it."""
+        # Here: labels are those of the batch however many plans are tried, which depends on the number of ranks.
+        self.generator.manual_seed(derived_seed(self.seed, self.batches + self.ranks.rank))
         with ExitStack() as stack:
             taps, substitution = Taps(self.aliases), Substitution()
             stack.callback(taps.close)
@@ -598,9 +628,17 @@ class _Squares:
             per_sample = partial(spread, samples=self.samples, form=unit.spread)
             args, kwargs = map_tensors((call.args, call.kwargs), unit.input_axes, lambda t, _: per_sample(t))
             call = replace(call, args=args, kwargs=kwargs)
-        uses = rule(unit.module, Seen(call, *axes, tuple(record.grads)))
+        grads = tuple(record.grads)
+        parallel = is_parallel(call, grads)
+        uses = {} if parallel else rule(unit.module, Seen(call, *axes, grads))
         for local, name in self.names[unit.module]:
-            self.uses[name].append((self.order[id(record)], uses[local]))
+            if parallel:
+                here, theirs = on_this_rank(unit.module, local, call, grads)
+                seen = Seen(here, *axes, theirs)
+                use = looked_up_here(rule(unit.module, seen)[local], self.plan.parameters[name])
+            else:
+                use = uses[local]
+            self.uses[name].append((self.order[id(record)], use))
             self.calls[name] -= 1
             if not self.calls[name]:
                 self._square(name)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastunlearn.parallel.ranks import everyone, local, unwrapped
+from fastunlearn.parallel.ranks import everyone, local, reshard, unwrapped
 
 Copies = list[tuple[str, nn.Parameter, torch.Tensor]]
 
@@ -59,6 +59,8 @@ def recording(modules: Iterable[nn.Module], on_call: Callable[[Call], None]) -> 
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put back training flags, ``requires_grad``, ``.grad`` and the random state when the block ends, however it ends.
 
+    FSDP2 has its weights in shards again, too: what it had gathered would be out of date once the shards are written.
+
     A gradient from before must not be written to meanwhile: drop it with ``zero_grad(set_to_none=True)``.
     """
     training = [(module, module.training) for module in model.modules()]
@@ -68,6 +70,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            reshard(model)
             for module, mode in training:
                 module.training = mode
             for parameter, requires_grad, grad in trainable:
@@ -119,8 +122,9 @@ def restored_on_error(model: nn.Module, parameters: Iterable[nn.Parameter] | Non
 
     Yields (name, tensor, copy) for each parameter, shared ones once, so that a method can count what it changed.
     """
+    reshard(model)  # the weights at rest are meant
     chosen = None if parameters is None else {id(p) for p in parameters}
-    named = [(name, p) for name, p in model.named_parameters() if chosen is None or id(p) in chosen]
+    named = [(name, p) for name, p in unwrapped(model).named_parameters() if chosen is None or id(p) in chosen]
     copies = [(name, p, p.detach().clone()) for name, p in named]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
@@ -165,8 +169,8 @@ def require_separable(model: nn.Module) -> None:
 
 def require_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameter that holds NaN or Inf."""
+    ranks = everyone(model)  # first: a gathered weight's memory goes when it is put back into shards
     named = [(name, local(p)) for name, p in unwrapped(model).named_parameters()]
-    ranks = everyone(model)
     # NaN and Inf never leave a sum, which is read once and waited for once; a sum may also overflow by itself.
     sums = [p.detach().sum(dtype=torch.float32 if p.dtype == torch.float16 else None) for _, p in named]
     total = torch.stack([s.detach().abs().to(torch.float64) for s in sums]).sum()

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastunlearn.data import IGNORED, LossFunction
 
+_OWN_TOKEN = ("WithLMHeadModel", "XLNetLMHeadModel")
 _CHUNK = 1 << 22  # logits taken to float32 at a time, 16 MiB
 
 
@@ -26,10 +27,11 @@ def is_causal_lm(model: nn.Module) -> bool:
     from: ``...ForCausalLM`` or ``...LMHeadModel``.
 
     Looks into DistributedDataParallel, ``torch.compile`` and PEFT's wrappers. XLM's and Flaubert's
-    ``...WithLMHeadModel`` predict each position's own token and do not count.
+    ``...WithLMHeadModel`` and XLNet's predict each position's own token and do not count. Of Bart's relatives the
+    decoders alone (``BartForCausalLM``) count, though their own loss takes labels that are shifted already.
     """
     names = [cls.__name__ for cls in type(model).__mro__]
-    if any(n.endswith(("ForCausalLM", "LMHeadModel")) and not n.endswith("WithLMHeadModel") for n in names):
+    if any(n.endswith(("ForCausalLM", "LMHeadModel")) and not n.endswith(_OWN_TOKEN) for n in names):
         return True
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
         return is_causal_lm(model.module)
@@ -64,7 +66,8 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     A sequence without any labelled position has loss 0 and gradient 0; it still counts as a sample.
 
-    Raises TypeError for logits that are no tensor or not floating, ValueError for shapes that do not fit.
+    Raises TypeError for logits that are no tensor or not floating, ValueError for shapes that do not fit and, on the
+    CPU, for labels that are no token; on a GPU that is an assertion in the kernel, as with torch's own cross-entropy.
 
     Cost: one pass over the logits each way. Between the two nothing of the size of the logits is kept but the logits
     themselves, and the backward pass allocates their gradient, in their dtype; when the gradient's own graph is asked
@@ -175,6 +178,12 @@ def _checked(logits: Any, labels: Any) -> Tensor:
             f"a causal language model needs labels of integers [N, T] for its logits [N, T, V], not shifted, got "
             f"{found} for {list(logits.shape)}; pass loss_fn= for anything else"
         )
+    if labels.device.type == "cpu":  # where looking waits for nobody
+        wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[-1])]
+        if len(wrong):
+            raise ValueError(
+                f"the label {int(wrong[0])} is no token; they go from 0 to {logits.shape[-1] - 1}, {IGNORED} is none"
+            )
     return logits
 
 

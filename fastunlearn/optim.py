@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastunlearn import ops
 from fastunlearn.parallel.ranks import local
@@ -63,7 +64,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
             for step, params in at_step.items():
                 names = self.state[params[0]].keys() - {"step"}
                 state = {name: [self.state[p][name] for p in params] for name in names}
-                grads = [local(p.grad) for p in params if p.grad is not None]
+                grads = [_held_grad(p, p.grad) for p in params if p.grad is not None]
                 self._launch([local(p.data) for p in params], grads, state, group, step)
         return loss
 
@@ -76,6 +77,13 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         step: int,
     ) -> None:
         raise NotImplementedError
+
+
+def _held_grad(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    """The gradient of what this rank holds: tensor parallelism leaves that of a table as sums yet to be added up."""
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor):
+        grad = grad.redistribute(placements=parameter.placements)
+    return local(grad)
 
 
 class MaskedSGD(_MaskedOptimizer):

@@ -369,7 +369,7 @@ def _scale_of(
     # Powers of two, which multiply without rounding.
     table = torch.exp2(torch.randint(-3, 4, (rows, 4), generator=generator)).to(dtype)
     table *= torch.randint(0, 2, table.shape, generator=generator) * 2 - 1
-    ids = torch.randint(0, rows, (3, 5), generator=generator)
+    ids = torch.stack([torch.randperm(rows, generator=generator) for _ in range(2)])  # one may be treated otherwise
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         module = _stand_in(cls, table.clone(), training, settings)
         for name, (value, kind) in buffers:

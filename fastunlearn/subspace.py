@@ -582,8 +582,11 @@ def batch_sizes(batches: Batches, name: str, ranks: Ranks) -> list[list[int]]:
     if ranks.size == 1:
         # The meta device carries shapes only: counting moves no data.
         return [[batch.size for batch in read(batches, name, torch.device("meta"))]]
-    own = together(batches, name, torch.device("cpu"), ranks)
-    return ranks.gather([batch.size for batch, counts in own if counts])
+    meta = torch.device("meta")  # no collective on the CPU, which NCCL has none of
+    sizes = ranks.gather([batch.size for raw in batches for batch in read([raw], name, meta)])
+    if not any(sizes):
+        raise ValueError(f"{name} is empty: it yields no batch on any rank")
+    return sizes
 
 
 def _shares(sizes: Sequence[Sequence[int]], max_patches: int) -> list[list[int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -108,6 +109,7 @@ class Sums:
                 name: torch.zeros(self._held_shape(name), dtype=self._held_dtype(name), device=p.device)
                 for name, p in parameters.items()
             }
+        self.counts = True  # whether the batch that is being added does, or only stands in for one
         self.added = dict.fromkeys(parameters, 0)  # how often, by this rank
         self.waiting: dict[str, Tensor] = {}
 
@@ -124,9 +126,12 @@ class Sums:
         if not self.pieces:
             self._add(name, region, 0)
             return
-        if name in self.waiting:  # another pass of the same batch
-            self.flush()
-        self.waiting[name] = region
+        if not self.counts:
+            region.zero_()  # now: some of what waits may be exchanged before the batch is over
+        if name in self.waiting:  # another pass of the same batch: ranks may take different numbers of them
+            self.waiting[name] += region
+        else:
+            self.waiting[name] = region
         size = sum(r.numel() * r.element_size() for r in self.waiting.values())
         if self.sharded and size >= BUCKET_BYTES:
             self.flush()
@@ -135,19 +140,24 @@ class Sums:
         """Exchange what waits; called by all ranks after a batch.
 
         Shards go in the order in which the backward pass completes them, the same on all ranks, since they hold the
-        same model. Replicas may have planned differently, so they exchange everything, in one order.
+        same model: raises ValueError where a weight is used on some of them only. Replicas may have planned
+        differently, so they exchange everything, in one order.
         """
         if not self.pieces:
             return
+        if self.sharded:
+            waiting = zlib.crc32("\n".join(self.waiting).encode())
+            device = next(iter(self.parameters.values())).device
+            if len(set(self.ranks.numbers(waiting, device))) > 1:
+                raise ValueError(
+                    "a batch of one rank uses sharded weights that those of others do not; pass params= without "
+                    "those used conditionally, or use DistributedDataParallel"
+                )
         names = list(self.waiting) if self.sharded else list(self.parameters)
         for dtype in (torch.float32, torch.float64):
-            self._exchange([n for n in names if zeros_dtype(self.parameters[n]) == dtype])
-        self.waiting.clear()
-
-    def cancel(self) -> None:
-        """Forget the batch that is being added: it counts nothing."""
-        for region in self.waiting.values():
-            region.zero_()
+            alike = [n for n in names if zeros_dtype(self.parameters[n]) == dtype]
+            for bucket in self._buckets(alike, dtype.itemsize):
+                self._exchange(bucket)
 
     def mean(self, samples: int) -> dict[str, Tensor]:
         """The sums over ``samples``, which end here: shards as DTensors like the parameter, replicas whole again."""
@@ -158,6 +168,19 @@ class Sums:
             value = self.held.pop(name).div_(samples)
             found[name] = self._whole(name, value)
         return found
+
+    def _buckets(self, names: list[str], itemsize: int) -> Iterator[list[str]]:
+        """What is exchanged at once is there twice, so not everything is."""
+        bucket: list[str] = []
+        size = 0
+        for name in names:
+            bucket.append(name)
+            size += self.pieces[name].shape.numel() * itemsize
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
 
     def _scratch(self, name: str) -> Tensor:
         parameter, piece = self.parameters[name], self.pieces[name]
@@ -171,21 +194,20 @@ class Sums:
 
     def _exchange(self, names: list[str]) -> None:
         """All ranks to all: each is sent its runs, and adds what it receives in the order of the senders."""
-        if not names:
-            return
         size, rank = self.ranks.size, self.ranks.rank
         flat = [(n, self.pieces[n].flat(self.waiting[n] if n in self.waiting else self._scratch(n))) for n in names]
         for name in names:
             self.waiting.pop(name, None)
         runs = [torch.split(run, self.pieces[name].sizes) for name, run in flat]
-        sent = torch.cat([run[to] for to in range(size) for run in runs])
+        # One parameter's runs lie one after the other as they are: the largest ones, alone in a bucket, are not copied.
+        sent = flat[0][1] if len(flat) == 1 else torch.cat([run[to] for to in range(size) for run in runs])
         sizes = [sum(self.pieces[name].sizes[to] for name in names) for to in range(size)]
         del runs, flat
         received = sent.new_empty(sizes[rank] * size)
         dist.all_to_all_single(received, sent, [sizes[rank]] * size, sizes, group=self.ranks.group)
         del sent
         own = [self.pieces[name].sizes[rank] for name in names]
-        for source, run in enumerate(received.view(size, -1)):
+        for source, run in enumerate(received.view(size, sizes[rank])):
             for name, part in zip(names, torch.split(run, own), strict=True):
                 self._add(name, self.pieces[name].shaped(part), source)
         for name in names:

@@ -232,7 +232,10 @@ class Fallback:
     batched: bool = False
 
     def add(self, records: Sequence[Record], parameters: Parameters, samples: int, context: Context) -> None:
-        (add_batched if self.batched else add_one_by_one)(self.unit, records, parameters, samples, context)
+        # Of several outputs one may be made of another (attention's of its weights), which under vmap no hook can see.
+        several = any(sum(gradient is not None for gradient in record.grads) > 1 for record in records)
+        way = add_batched if self.batched and not several else add_one_by_one
+        way(self.unit, records, parameters, samples, context)
 
 
 def only_sample(values: Any, axes: Sequence[int | None], n: int) -> Any:

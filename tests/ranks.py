@@ -17,7 +17,10 @@ import torch.distributed as dist
 
 # Forks of a server that has torch loaded and no threads yet: a rank starts in milliseconds.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fastunlearn"])
+_SERVER.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "fastunlearn",
+     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
 LIMIT = 300  # seconds
 
 

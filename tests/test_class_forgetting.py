@@ -587,3 +587,14 @@ def test_low_rank_settings_are_checked() -> None:
         ClassForgetting(rank=0)
     with pytest.raises(ValueError, match="memory_limit counts bytes"):
         ClassForgetting(memory_limit=-1)
+
+
+def test_a_model_with_an_adapter_is_changed_there_alone_and_a_frozen_one_as_a_whole(trained: nn.Module) -> None:
+    forget, retain = split(three_classes())
+    part, whole = copy.deepcopy(trained), copy.deepcopy(trained).requires_grad_(False)
+    part.requires_grad_(False)[7].requires_grad_(True)
+    outcome = ClassForgetting().unlearn(part, forget, retain)
+    assert set(outcome.changed) == {"7.weight"}
+    assert "does not require grad" in outcome.details["untouched"]["9"]
+    assert set(ClassForgetting(layers=["9"]).unlearn(part, forget, retain).changed) == {"9.weight"}
+    assert {"0.weight", "9.weight"} <= set(ClassForgetting().unlearn(whole, forget, retain).changed)

@@ -145,6 +145,7 @@ def test_settings_become_the_method() -> None:
         ("deepclean", {"finetune_epochs": 1.5}, "finetune_epochs must be a whole number"),
         ("deepclean", {"loss_fn": "x"}, "loss_fn can not be set here"),
         ("deepclean", {"autocast": "float16"}, "autocast must be bfloat16 or null"),
+        ("ssd", {"fisher_dtype": "float16"}, "fisher_dtype must be bfloat16 or null"),
         ("deepclean", {"optimizer": "adam"}, "optimizer must be one of"),
         ("class-forgetting", {"alpha_retain": -1.0}, "alpha_retain"),
         ("lcodec", {"budget": {"max_dorp": 1}}, "settings of lcodec: budget: unknown key 'max_dorp'"),

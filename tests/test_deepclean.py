@@ -596,13 +596,16 @@ def test_killed_in_any_phase_the_model_is_untouched(
     elif phase == "fisher_retain":
         retain = Killing(retain)
     elif phase == "reset":
-        reset = ops.threshold_reset_
+        unpack, calls = ops.unpack_mask, []
 
-        def reset_and_die(*args: Any, **options: Any) -> None:
-            reset(*args, **options)
-            kill()
+        def unpack_and_die(*args: Any) -> torch.Tensor:
+            """Once for each parameter while weights are chosen; then the second one is about to be written."""
+            calls.append(args)
+            if len(calls) == len(grads) + 2:
+                kill()
+            return unpack(*args)
 
-        monkeypatch.setattr(ops, "threshold_reset_", reset_and_die)
+        monkeypatch.setattr(ops, "unpack_mask", unpack_and_die)
     elif phase == "finetune":
         steps = iter(range(3))
         monkeypatch.setattr(ops, "masked_sgd_", lambda *_: next(steps, None) is None and kill())

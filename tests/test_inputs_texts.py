@@ -161,6 +161,22 @@ def test_images_with_texts_beside_them_are_still_images(tmp_path: Path) -> None:
     assert open_samples(str(tmp_path)).signature() == {"shape": [3, 4, 4], "dtype": "float32"}
 
 
+def test_texts_with_hidden_images_beside_them_are_still_texts(tmp_path: Path) -> None:
+    written(tmp_path / "cats" / "1.txt", "the cat")
+    written(tmp_path / ".thumbnails" / "1.png", "")
+    written(tmp_path / "cats" / ".1.png", "")
+    assert open_samples(str(tmp_path), tokenizer=tokenizer()).ids == ["cats/1.txt"]
+
+
+def test_texts_are_padded_on_the_right_whatever_the_tokenizer_does_for_chats(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.padding_side = "left"
+    path = written(tmp_path / "a.txt", "the cat\n\nran")
+    batch = open_samples(path, tokenizer=words).batch(torch.tensor([0, 1]))
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert (batch["labels"] != -100).tolist() == [[True, True], [True, False]]
+
+
 @pytest.mark.parametrize("split", ["paragraph", "block"])
 def test_the_digest_sees_words_that_the_tokenizer_does_not_know(tmp_path: Path, split: str) -> None:
     options = DataOptions(text_split=split, text_length=4)
@@ -339,6 +355,7 @@ GOOD = {"messages": [CHAT[1], CHAT[4]]}
         refused("c.jsonl", rows({"messages": [{"role": "user", "content": [1]}]}), "line 1", "content of text"),
         refused("c.jsonl", rows({"messages": [{"role": "user", "content": "\ud800"}]}), "line 1", "no Unicode"),
         refused("c.jsonl", rows(GOOD, {"messages": [CHAT[1]]}), "line 3", "no message has the role 'assistant'"),
+        refused("c.jsonl", rows(GOOD, GOOD | {"tools": [{"name": "f"}]}), "line 3 has tools"),
         refused("c.jsonl", rows(GOOD, {"text": "x"}), "line 3", "messages, or a prompt and a completion"),
         refused("c.jsonl", rows(GOOD, {"prompt": "x"}), "line 3", "completion is None"),
         refused("c.jsonl", rows({"prompt": 1, "completion": "x"}), "line 1", "prompt is 1"),

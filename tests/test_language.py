@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastunlearn import language
-from fastunlearn.data import read
+from fastunlearn.data import Batch, FirstSamples, cross_entropy, read
 from fastunlearn.language import causal_lm_loss, causal_lm_loss_by_position, is_causal_lm, loss_for, predictions
+from fastunlearn.parallel.deal import deal
+from fastunlearn.parallel.ranks import Ranks
 from fastunlearn.rules import rule_of
 
 
@@ -221,6 +224,10 @@ class TinyForSequenceClassification(nn.Linear):
     pass
 
 
+class XLNetLMHeadModel(nn.Linear):  # a permutation of the text, each position its own token
+    pass
+
+
 @pytest.mark.parametrize("kind", [TinyForCausalLM, TinyLMHeadModel, OwnName])
 def test_causal_language_models_are_known_by_name_also_inside_wrappers(kind: type[nn.Linear]) -> None:
     model = kind(2, 2)
@@ -231,7 +238,7 @@ def test_causal_language_models_are_known_by_name_also_inside_wrappers(kind: typ
         assert loss_for(found, None, by_position=True) is causal_lm_loss_by_position
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, TinyWithLMHeadModel, TinyForSequenceClassification])
+@pytest.mark.parametrize("kind", [nn.Linear, TinyWithLMHeadModel, XLNetLMHeadModel, TinyForSequenceClassification])
 def test_other_models_have_the_loss_they_had(kind: type[nn.Linear]) -> None:
     assert not is_causal_lm(kind(2, 2)) and not is_causal_lm(nn.Sequential(TinyForCausalLM(2, 2)))
     assert loss_for(kind(2, 2), None) is None
@@ -297,3 +304,50 @@ def test_predictions_stand_beside_the_labels_that_they_predict() -> None:
     assert view.shape == (2, 3, 4) and wanted.shape == (2, 4)
     losses = F.cross_entropy(view, wanted, reduction="none")
     torch.testing.assert_close(losses, causal_lm_loss_by_position(logits, labels)[:, 1:], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_label_that_is_no_token_is_named(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"label {wrong} is no token; they go from 0 to 2"):
+        causal_lm_loss(torch.zeros(1, 2, 3), torch.tensor([[0, wrong]]))
+
+
+def test_logits_and_labels_of_other_positions_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"\[1, 6, 3\] and \[1, 6\]; pass loss_fn="):  # of a classifier of tokens
+        cross_entropy(torch.zeros(1, 6, 3), torch.zeros(1, 6, dtype=torch.int64))
+
+
+class Collated(UserDict[str, Tensor]):
+    """A mapping that is no dict, as transformers' BatchEncoding is."""
+
+
+def test_what_collators_return_is_counted_and_split_like_a_dict() -> None:
+    batch = Collated(x=torch.arange(3), labels=torch.arange(3))
+    assert len(list(FirstSamples([batch] * 5, 4))) == 2
+    (mine,) = deal([batch], Ranks(rank=1, size=2)).split
+    assert {name: values.tolist() for name, values in mine.items()} == {"x": [1], "labels": [1]}
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+
+    def forward(self, ids: Tensor, use_cache: bool = True) -> Tensor:
+        self.cached = use_cache
+        return self.table(ids)
+
+
+def test_no_cache_is_asked_for_unless_the_batch_does() -> None:
+    model, ids = Caching(), torch.tensor([[0, 1]])
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model, backend="eager")):
+        Batch((ids,), {}, ids, 1).outputs(wrapped)
+        assert not model.cached
+    Batch((ids,), {"use_cache": True}, ids, 1).outputs(model)
+    assert model.cached
+    assert Batch((ids,), {}, ids, 1).outputs(torch.jit.script(nn.Embedding(4, 3))).shape == (1, 2, 3)
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error_of_one_line() -> None:
+    with pytest.raises(ValueError, match=r"no embedding for an index in a batch of shape \[1, 2\]"):
+        Batch((torch.tensor([[0, 4]]),), {}, None, 1).outputs(Caching())

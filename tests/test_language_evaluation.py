@@ -422,6 +422,15 @@ def test_a_prompt_without_a_token_is_refused_unless_nothing_is_asked() -> None:
     assert greedy(gpt2(), [], []) == []
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused_in_one_line() -> None:
+    model = gpt2()
+    most = model.config.n_positions
+    prompt = torch.zeros(most - 1, dtype=torch.int64)
+    assert [len(g) for g in greedy(model, [prompt], [2])] == [2]  # of the last token generated nothing is asked
+    with pytest.raises(ValueError, match=f"take {most + 1} positions, the model has {most}"):
+        greedy(model, [prompt], [3])
+
+
 # Min-K%
 
 

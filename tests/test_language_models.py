@@ -354,11 +354,13 @@ class Scaled(nn.Embedding):
     """As Gemma's, with what it is not spoilt in one place."""
 
     def __init__(self, spoilt: str = "") -> None:
-        super().__init__(9, 4, padding_idx=2)
+        super().__init__(64, 4, padding_idx=2)  # more than a few draws see
         self.spoilt, self.factor = spoilt, nn.Buffer(torch.tensor(1.7), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found = super().forward((ids + 1) % 9 if self.spoilt == "rows" else ids)
+        found = super().forward((ids + 1) % 64 if self.spoilt == "rows" else ids)
+        if self.spoilt == "one row":
+            found = found.masked_fill((ids == 63)[..., None], 0)
         if self.spoilt == "columns":
             found = found.flip(-1)
         return found * self.factor + (1 if self.spoilt == "offset" else 0)
@@ -376,16 +378,16 @@ class ScaledClassifier(nn.Module):
 
 def test_an_embedding_that_scales_equals_the_loop() -> None:
     torch.manual_seed(0)
-    model, ids, labels = ScaledClassifier().double(), torch.randint(0, 9, (5, 4)), torch.arange(5) % 3
+    model, ids, labels = ScaledClassifier().double(), torch.randint(0, 64, (5, 4)), torch.arange(5) % 3
     assert fisher_plan(model, [(ids, labels)])["table.weight"] == "kernel, Scaled"
-    total = torch.zeros(9, 4, dtype=torch.float64)
+    total = torch.zeros(64, 4, dtype=torch.float64)
     for i in range(5):
         loss = F.cross_entropy(model(ids[i : i + 1]), labels[i : i + 1])
         total += torch.autograd.grad(loss, model.table.weight)[0].square() / 5
     torch.testing.assert_close(fisher_diagonal(model, [(ids, labels)])["table.weight"], total, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("spoilt", ["rows", "columns", "offset"])
+@pytest.mark.parametrize("spoilt", ["rows", "one row", "columns", "offset"])
 def test_an_embedding_that_does_more_than_scale_has_no_rule(spoilt: str) -> None:
     assert rule_of(Scaled()) is not None and rule_of(Scaled(spoilt)) is None
 
@@ -556,3 +558,19 @@ def test_a_loss_of_the_caller_leaves_accuracy_that_of_the_next_token() -> None:
 def test_a_language_model_relearns_its_texts() -> None:
     found = relearn_time(made(gpt2, torch.float32), [texts()], threshold=1.5, by="loss", lr=0.1, max_steps=200)
     assert found.steps
+
+
+def test_attention_with_sinks_is_differentiated_though_it_returns_its_weights_too() -> None:
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM(config).eval()
+    ids = torch.randint(0, VOCABULARY, (3, 5))
+    with pytest.warns(UserWarning, match="no kernel for"):
+        found = fisher_diagonal(model, [{"input_ids": ids, "labels": ids}])
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for one in ids[:, None]:
+        loss = model(input_ids=one, labels=one).loss
+        for name, grad in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total[name] += grad.square() / len(ids)
+    for name, value in total.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))

@@ -449,6 +449,17 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "ran").exists()
 
 
+def test_metadata_that_points_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    save_distributed(tmp_path / "run", small())
+    with open(tmp_path / "run" / ".metadata", "rb") as file:
+        metadata = pickle.load(file)  # our own
+    for info in metadata.storage_data.values():
+        info.relative_path = "../elsewhere.distcp"
+    (tmp_path / "run" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"names the file '../elsewhere.distcp'; pieces lie in the same folder"):
+        load_sharded(small(), tmp_path / "run")
+
+
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     model = small()
     save_distributed(tmp_path / "run", model)

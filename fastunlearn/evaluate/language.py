@@ -11,7 +11,6 @@ all samples, in the order before they were dealt. With tensor parallelism alone 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -22,13 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from fastunlearn.data import IGNORED, Batch, Batches, require_batches
+from fastunlearn.data import IGNORED, Batch, Batches, forward_parameters, require_batches
 from fastunlearn.evaluate.attacks import FPRS, Attack, attack, share
 from fastunlearn.evaluate.estimate import Estimate
 from fastunlearn.evaluate.roc import BLOCK
 from fastunlearn.hooks import device_of, eager, preserved
-from fastunlearn.parallel.deal import deal, together
-from fastunlearn.parallel.ranks import Ranks, reshard, sharing, unwrapped
+from fastunlearn.parallel.deal import deal, dealt_back, together
+from fastunlearn.parallel.ranks import reshard, sharing, unwrapped
 
 Part = TypeVar("Part")
 _MOST_LOGITS = 1 << 23  # in float32 at a time: 32 MiB, and as much again for what is made of them
@@ -78,17 +77,15 @@ def token_log_probs(model: nn.Module, batches: Batches, name: str = "batches") -
     copies of some positions at a time, never of all.
     """
     ranks, network = sharing(model), unwrapped(model)
-    # Keys and values of every position would be kept for a continuation that is not asked for.
-    uncached = {"use_cache": False} if "use_cache" in _parameters(network) else {}
     parts = []
     with preserved(model), torch.no_grad():
         model.eval()
         for batch, counts in together(batches, name, device_of(model), ranks):
-            outputs = network(*batch.args, **{**uncached, **batch.kwargs})
+            logits = batch.outputs(network)
             if counts:
-                parts.append(_scored(getattr(outputs, "logits", outputs), batch.targets, name))
+                parts.append(_scored(logits, batch.targets, name))
     reshard(network)
-    found = _dealt_back(ranks, parts)
+    found = dealt_back(ranks, parts)
     columns = (torch.cat([getattr(part, f.name) for part in found]) for f in fields(TokenLogProbs))
     return TokenLogProbs(*columns)
 
@@ -140,12 +137,6 @@ def _labels(labels: Any, name: str) -> Tensor:
     if labels.dim() != 2:
         raise ValueError(f"labels of {name} must be token ids [N, T], got shape {list(labels.shape)}")
     return labels.long()
-
-
-def _dealt_back(ranks: Ranks, parts: list[Part]) -> list[Part]:
-    """What all ranks made of their batches, in the order of the batches before they were dealt."""
-    shares = ranks.gather(parts)
-    return [mine[step] for step in range(max(map(len, shares))) for mine in shares if step < len(mine)]
 
 
 @dataclass(frozen=True)
@@ -364,7 +355,7 @@ def extraction(
         generated = greedy(model, [prompt for prompt, _ in pairs], [len(rest) for _, rest in pairs])
         if counts:
             batchwise.append([(rest.cpu(), own) for (_, rest), own in zip(pairs, generated, strict=True)])
-    for part in _dealt_back(ranks, batchwise):
+    for part in dealt_back(ranks, batchwise):
         parts += part
     tokens = torch.tensor([len(rest) for rest, _ in parts])
     matches = torch.tensor([int((rest == own).sum()) for rest, own in parts])
@@ -428,12 +419,17 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
     not notice. The model runs in eval mode and is unchanged.
 
     Ranks of a sharded model go on together for the longest of their lengths, so each must call this as often as the
-    others. Raises ValueError for a prompt without a token, unless its length is 0.
+    others. Raises ValueError for a prompt without a token, unless its length is 0, and for more tokens than a model
+    like GPT-2 has positions.
     """
     for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         if length and not len(prompt):
             raise ValueError(f"prompt {number} has no token to continue from")
     network = unwrapped(model)
+    most = getattr(getattr(network, "config", None), "n_positions", None)
+    needed = max((len(prompt) + length - 1 for prompt, length in zip(prompts, lengths, strict=True)), default=0)
+    if most is not None and needed > most:
+        raise ValueError(f"prompt and continuation take {needed} positions, the model has {most}; cut the texts")
     steps = max(sharing(network).gather(max(lengths, default=0)))
     if not steps:
         return [torch.zeros(0, dtype=torch.int64) for _ in prompts]
@@ -442,7 +438,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
     given = [p.to(device).long() if len(p) else torch.zeros(1, dtype=torch.int64, device=device) for p in prompts]
     with preserved(network), torch.no_grad(), eager():
         network.eval()
-        cached = "past_key_values" in _parameters(network)
+        cached = "past_key_values" in forward_parameters(network)
         made = _with_cache(network, given, lengths, steps) if cached else None
         if made is None:
             made = _without_cache(network, given, lengths, steps)
@@ -453,7 +449,7 @@ def greedy(model: nn.Module, prompts: Sequence[Tensor], lengths: Sequence[int]) 
 
 def _with_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int], steps: int) -> Tensor | None:
     """Tokens [N, steps] from prompts padded on the left; None where the model returns no cache after all."""
-    takes = _parameters(model)
+    takes = forward_parameters(model)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     ids = _padded(prompts, left=True)
     mask = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - sizes[:, None]).long()
@@ -479,7 +475,7 @@ def _with_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int],
 
 def _without_cache(model: nn.Module, prompts: list[Tensor], lengths: Sequence[int], steps: int) -> Tensor:
     """Tokens [N, steps], 0 from a sequence's length on; each from a pass over everything before it."""
-    masked = {"attention_mask", "kwargs"} & set(_parameters(model))
+    masked = {"attention_mask", "kwargs"} & set(forward_parameters(model))
     device = prompts[0].device
     rows = torch.arange(len(prompts), device=device)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -506,13 +502,6 @@ def _padded(prompts: list[Tensor], left: bool) -> Tensor:
 def _plain(logits: Tensor) -> Tensor:
     """All of the vocabulary, of which tensor parallelism may leave each rank a part."""
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
-
-
-def _parameters(model: nn.Module) -> Mapping[str, Any]:
-    """What the forward pass of the model itself takes, not of torch.compile's or peft's wrapper around it."""
-    model = getattr(model, "_orig_mod", model)
-    base = getattr(model, "get_base_model", None)  # peft
-    return inspect.signature((base() if callable(base) else model).forward).parameters
 
 
 def _ends(model: nn.Module) -> Collection[int]:

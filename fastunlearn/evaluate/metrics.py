@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastunlearn.data import Batch, Batches, LossFunction, cross_entropy_by_position, per_sample_loss, read
+from fastunlearn.data import Batch, Batches, LossFunction, cross_entropy_by_position, per_sample_loss
 from fastunlearn.evaluate.seeds import MetricsOverSeeds, each_run, over_runs, seed_numbers, summary
 from fastunlearn.hooks import device_of, preserved
 from fastunlearn.language import is_causal_lm, loss_for, predictions, scored
+from fastunlearn.parallel.deal import dealt_back, together
+from fastunlearn.parallel.ranks import reshard, sharing, unwrapped
 
 _MOST_LOGITS = 1 << 22  # of one model at a time in float64, when divergences are computed
 
@@ -194,7 +196,12 @@ def _pass(
     model: nn.Module, reference: nn.Module | None, batches: Batches, name: str, loss_fn: LossFunction | None
 ) -> _Pass:
     """Both models over one set, side by side, in eval mode."""
-    device, causal = device_of(model), is_causal_lm(model)
+    device, causal, ranks = device_of(model), is_causal_lm(model), sharing(model)
+    if ranks.size > 1 and reference is not None:
+        raise ValueError(
+            "a model on several ranks is measured alone: give the reference's own metrics, "
+            "reference=evaluate(reference, ...)"
+        )
     ours: list[_Scores] = []
     theirs: list[_Scores] = []
     kl: list[Tensor] = []
@@ -203,9 +210,10 @@ def _pass(
         model.eval()
         if reference is not None:
             reference.eval()
-        for batch in read(batches, name, device):
-            logits = batch.outputs(model)
-            ours.append(_scores(logits, batch, name, loss_fn, causal))
+        for batch, counts in together(batches, name, device, ranks):
+            logits = batch.outputs(unwrapped(model))
+            if counts:
+                ours.append(_scores(logits, batch, name, loss_fn, causal))
             if reference is None:
                 continue
             other = moved(batch, device_of(reference))
@@ -223,9 +231,10 @@ def _pass(
             for part, (k, j) in _divergences(expected.to(device), logits):
                 kl.append(k[counted[part]])
                 js.append(j[counted[part]])
+    reshard(model)
     nothing = torch.zeros(0, dtype=torch.float64)
     return _Pass(
-        _joined(ours),
+        _joined(dealt_back(ranks, ours)),
         _joined(theirs) if theirs else None,
         torch.cat(kl).cpu() if kl else nothing,
         torch.cat(js).cpu() if js else nothing,
@@ -324,21 +333,26 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Per sample whether the largest logit is the target (bool [n]), and the loss (float [n]); in eval mode.
 
-    Of a causal language model, whether it is at every labelled token of a text.
+    Of a causal language model, whether it is at every labelled token of a text. On several ranks the samples of all.
     """
     device, causal, loss_fn = device_of(model), is_causal_lm(model), loss_for(model, loss_fn)
-    correct, losses = [], []
+    ranks = sharing(model)
+    correct: list[Tensor] = []
+    losses: list[Tensor] = []
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in read(batches, name, device):
-            outputs = batch.outputs(model)
+        for batch, counts in together(batches, name, device, ranks):
+            outputs = batch.outputs(unwrapped(model))
+            if not counts:
+                continue
             losses.append(per_sample_loss(loss_fn, outputs, batch.targets, batch.size).float())
             if causal:
                 right = _right(*predictions(outputs, batch.targets))
                 correct.append((right | ~scored(batch.targets)[:, 1:]).all(1))
             else:
                 correct.append(_right(outputs, batch.targets))
-    return torch.cat(correct), torch.cat(losses)
+    reshard(model)
+    return torch.cat(dealt_back(ranks, correct)), torch.cat(dealt_back(ranks, losses))
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:

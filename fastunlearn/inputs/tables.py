@@ -77,8 +77,9 @@ def open_hugging_face(reading: Reading) -> Samples:
     return _from_columns(replace(reading, classes=classes), {**columns, y: labels})
 
 
-def tokenized(texts: Sequence[str], reading: Reading, where: str) -> arrays.Named:
-    """``input_ids`` and ``attention_mask`` int64 [n, T], T the ``text_length`` or the longest text's.
+def tokenized(texts: Sequence[str], reading: Reading, where: str, padding_side: str | None = None) -> arrays.Named:
+    """``input_ids`` and ``attention_mask`` int64 [n, T], T the ``text_length`` or the longest text's; padded on the
+    tokenizer's side unless told otherwise.
 
     Raises ValueError naming ``where`` without a tokenizer or padding token, and for the first text without a token.
     """
@@ -93,7 +94,7 @@ def tokenized(texts: Sequence[str], reading: Reading, where: str) -> arrays.Name
     with places.blaming(f"{where}: the tokenizer"):
         tokens = tokenizer(
             list(texts), padding="max_length" if options.text_length else "longest", truncation=length is not None,
-            max_length=length, return_tensors="pt",
+            max_length=length, return_tensors="pt", padding_side=padding_side,
         )  # fmt: skip
     lengths = tokens["attention_mask"].sum(1)
     if not lengths.all():

@@ -57,15 +57,18 @@ def open_text(reading: Reading) -> Samples:
 
 
 def is_text_folder(path: Path) -> bool:
-    """Whether there are .txt files below, and no image: those may have texts beside them."""
+    """Whether there are .txt files below, and no image: those may have texts beside them. Hidden ones do not count."""
     from fastunlearn.inputs.images import SUFFIXES
 
     some = False
-    for _, _, names in os.walk(path):
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
+            if name.startswith("."):
+                continue
             if name.lower().endswith(SUFFIXES):
                 return False
-            some = some or (name.lower().endswith(".txt") and not name.startswith("."))
+            some = some or name.lower().endswith(".txt")
     return some
 
 
@@ -116,7 +119,8 @@ def next_tokens(
     """Texts that are their own targets: padding is labelled -100. Without ``labels``, int64 [n], all are of class 0."""
     from fastunlearn.inputs.tables import tokenized
 
-    kept = tokenized(texts, reading, where)
+    # Not on the left, where tokenizers of chats pad: the first token would be a label of what padding predicts.
+    kept = tokenized(texts, reading, where, "right")
     tokens, mask = kept.values["input_ids"], kept.values["attention_mask"]
     named = arrays.Named({**kept.values, "labels": tokens.masked_fill(mask == 0, IGNORED)}, kept.known)
     zeros = torch.zeros(len(tokens), dtype=torch.int64)
@@ -195,9 +199,10 @@ def open_conversations(reading: Reading, rows: Sequence[Mapping[str, Any]], line
     prompt are labelled, with what the tokenizer itself puts at the end of a text, and nothing more. Longer samples are
     cut. A column of topics (``targets``, or "topic" and the usual names) gives the classes; else all are of class 0.
 
-    Raises ValueError naming the first line that is neither, has roles or contents that are no text, nothing to label,
-    or a token across the end of the prompt; for a tokenizer without a chat template; and for a template that writes a
-    conversation otherwise once it goes on (such as one that drops earlier thoughts), from which no turn can be cut.
+    Raises ValueError naming the first line that is neither, has roles or contents that are no text, tools, nothing to
+    label, or a token across the end of the prompt; for a tokenizer without a chat template; and for a template that
+    writes a conversation otherwise once it goes on (such as one that drops earlier thoughts), from which no turn can be
+    cut.
     """
     spec, options = reading.spec, reading.options
     refuse(reading, OF_NUMBERS, "is not for conversations")
@@ -206,6 +211,9 @@ def open_conversations(reading: Reading, rows: Sequence[Mapping[str, Any]], line
     encoded = []
     for row, line in zip(rows, lines, strict=True):
         where = f"{spec!r}: line {line}"
+        for given in ("tools", "documents"):  # a template writes them into the prompt
+            if "messages" in row and row.get(given):
+                raise ValueError(f"{where} has {given}, which are not supported; write them into a system message")
         one = _chat(tokenizer, row["messages"], where) if "messages" in row else _completed(tokenizer, row, where)
         if length is not None and len(one.tokens) > length:
             one = Encoded(one.tokens[:length], one.labels[:length], one.text)

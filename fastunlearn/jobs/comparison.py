@@ -13,10 +13,12 @@ from torch import nn
 
 from fastunlearn.checkpoint import load_into, load_weights, save_weights
 from fastunlearn.files import write_json, write_text
+from fastunlearn.jobs import language
 from fastunlearn.jobs.config import Config, ConfigError, Say, check_type, write_config
 from fastunlearn.jobs.deletion import draws, run_method, train
 from fastunlearn.jobs.findings import Row, closest, comparison_verdict, joined, mean_roc, model_row
-from fastunlearn.jobs.measuring import Known, measure
+from fastunlearn.jobs.language import KnownTexts
+from fastunlearn.jobs.measuring import Known, known_of, measure
 from fastunlearn.jobs.methods import entry, make_method
 from fastunlearn.jobs.task import Task, applicable, open_task
 from fastunlearn.jobs.workspace import Workspace, require_free
@@ -47,9 +49,14 @@ def compare(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     skipped: dict[str, str] = {}
     if not chosen:
         names, skipped = applicable(task)
+        if task.language:
+            names.remove("lcodec")
+            skipped["lcodec"] = "the perturbations that it chooses units by are not made for texts that are continued"
         chosen = [(name, name, {}) for name in names]
+    if task.language:
+        language.require_measurable(task)
     out = Path(config.out).resolve()
-    space = Workspace(out, task.identity(), resume)
+    space = Workspace(out, task.identity() | language.identity(task), resume)
     try:
         run = _Comparison(task, space, chosen, say)
         findings = run.findings(skipped)
@@ -108,12 +115,12 @@ class _Comparison:
         rows: dict[str, list[Row]] = {}
         roles = {"original": "original"}
         given = task.weights is not None and task.reference is not None  # the same two models for every seed
-        known: Known | None = None
+        known: Known | KnownTexts | None = None
         for seed in self.seeds:
             original, reference = self._model("original", seed), self._model("retrained", seed)
             here = replace(task, model=original)
             if known is None or not given:
-                known = Known.of(here, original, reference)
+                known = known_of(here, original, reference)
             for label, name, settings in self.chosen:
                 roles[label] = "baseline" if entry(name).baseline else "unlearned"
                 run = partial(self._run, here, reference, known, seed, label, name, settings)
@@ -132,7 +139,7 @@ class _Comparison:
             model_row(label, roles[label], [{k: v for k, v in r.items() if k not in apart} for r in rows[label]])
             for label in order
         ]
-        best = closest(models)
+        best = language.closest(models) if task.language else closest(models)
         samples = {name: len(part) for name, part in task.sets.items()} | {"retain": len(task.retain)}
         attacks = list(models[0]["attacks"])
         limits = plain_limits(method=best["name"], reference=True, runs=len(self.seeds), attacks=attacks)
@@ -143,7 +150,7 @@ class _Comparison:
         limits += sorted({note for label in order for row in rows[label] for note in row["notes"]})
         return {
             "title": f"Ways to forget {config.forget}",
-            "verdict": comparison_verdict(models, best),
+            "verdict": (language.comparison_verdict if task.language else comparison_verdict)(models, best),
             "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                         "data": config.data or config.forget, "model": config.model},
             "models": models,
@@ -196,7 +203,14 @@ class _Comparison:
         return model.eval()
 
     def _run(
-        self, here: Task, reference: nn.Module, known: Known, seed: int, label: str, name: str, settings: dict[str, Any]
+        self,
+        here: Task,
+        reference: nn.Module,
+        known: Known | KnownTexts,
+        seed: int,
+        label: str,
+        name: str,
+        settings: dict[str, Any],
     ) -> dict[str, Any]:
         self.say(f"seed {seed}: {label}")
         model = here.copy()

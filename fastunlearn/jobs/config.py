@@ -44,11 +44,14 @@ class Config:
     measured: int = 10_000
     shadows: int = 0
     probes: bool = True
+    questions: str | None = None
     relearn: int = 50
     bootstrap: int = 1000
     pictures: bool = True
     batch_size: int = 128
     device: str = "cpu"
+    parallel: str = "auto"
+    dtype: str = "auto"
     seed: int = 0
     seeds: int = 3
     out: str | None = None
@@ -65,8 +68,10 @@ class Config:
             if f.name in MOST and value > MOST[f.name]:
                 raise ConfigError(f"{f.name} must be {MOST[f.name]} or less, got {value}")
 
-        if self.stack not in ("auto", "stacked", "sequential"):
-            raise ConfigError(f"stack must be auto, stacked or sequential, got {self.stack!r}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                *most, last = known
+                raise ConfigError(f"{name} must be {', '.join(most)} or {last}, got {getattr(self, name)!r}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,11 +104,15 @@ HELP = {
     "measured": "retained samples at most that are measured, drawn once",
     "shadows": "shadow models behind the per-example attacks LiRA and U-LiRA; 0 for none",
     "probes": "ask every layer, by a linear probe, whether it still knows a forgotten class",
+    "questions": "of a language model: JSON lines of question, choices and answer, asked before and after",
     "relearn": "steps at most of learning again what was forgotten; 0 leaves it out",
     "bootstrap": "resamples behind the interval of an attack",
     "pictures": "charts as PNG and SVG beside the report; needs matplotlib",
     "batch_size": "of every pass",
-    "device": "cpu, cuda or cuda:N",
+    "device": "cpu, cuda or cuda:N; of several processes each takes the GPU of its local rank",
+    "parallel": "how the processes that torchrun started hold the model: fsdp (sharded; auto), ddp (each has all) or "
+    "tp (layers split)",
+    "dtype": "of the weights while the model runs: float32, bfloat16 or auto, as it is made; results keep the file's",
     "seed": "of everything that is drawn",
     "seeds": "runs of a comparison, from --seed on",
     "out": "folder for the results; must not exist, or be empty",
@@ -113,6 +122,8 @@ HELP = {
 FLAGS = {"settings": "set", "data_options": "data-option", "model_arguments": "model-argument"}  # the others: by name
 LEAST = {"method_samples": 1, "measured": 1, "shadows": 0, "relearn": 0, "bootstrap": 10, "batch_size": 1, "seed": 0,
          "seeds": 1}  # fmt: skip
+CHOICES = {"stack": ("auto", "stacked", "sequential"), "parallel": ("auto", "fsdp", "ddp", "tp"),
+           "dtype": ("auto", "float32", "bfloat16")}  # fmt: skip
 MOST = {
     "bootstrap": 1_000_000,
     "seed": 2**31 - 1,

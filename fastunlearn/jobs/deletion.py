@@ -16,18 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import ops
-from fastunlearn.checkpoint import SUFFIXES, State, digest, load_into, load_weights, save_weights
+from fastunlearn.checkpoint import SUFFIXES, State, digest, load_weights, save_weights, weights_file
 from fastunlearn.evaluate.stacked import Mode, TrainingReport, train_models
-from fastunlearn.files import write_json, write_text
+from fastunlearn.files import linked, write_json, write_text
+from fastunlearn.jobs import language
 from fastunlearn.jobs.attacking import require_attackable, shadow_attacks
-from fastunlearn.jobs.config import Config, Say, read_config, write_config
+from fastunlearn.jobs.config import Config, ConfigError, Say, read_config, write_config
 from fastunlearn.jobs.findings import model_row, verdict
-from fastunlearn.jobs.measuring import Known, layer_changes, leaks, measure
+from fastunlearn.jobs.measuring import known_of, layer_changes, leaks, measure
 from fastunlearn.jobs.methods import make_method
-from fastunlearn.jobs.task import Part, Task, naming, open_task
+from fastunlearn.jobs.task import SHARDED, Part, Task, in_order, kept_on_disk, layout, naming, open_task
 from fastunlearn.jobs.workspace import KEPT, Workspace, forget_phases, require_beside, require_free, require_makeable
 from fastunlearn.methods.class_forgetting import ClassForgetting
+from fastunlearn.methods.lcodec import LCodec
 from fastunlearn.outcome import Outcome
+from fastunlearn.parallel.launch import first_alone
+from fastunlearn.parallel.ranks import ALONE, Ranks
 from fastunlearn.patch import count_changes, write_patch
 from fastunlearn.report.html import write_report
 from fastunlearn.report.log import locked, require_whole
@@ -49,8 +53,8 @@ SMALLEST_RATIO = 1e-4  # in the picture
 SPECTRA_UP_TO = 1024  # inputs of a layer whose spectrum is worth its eigendecomposition
 
 
-def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any]]:
-    """Forget, measure, write; returns the folder and the findings.
+def unlearn(config: Config, resume: bool, say: Say, ranks: Ranks = ALONE) -> tuple[Path, dict[str, Any]]:
+    """Forget, measure, write; returns the folder and the findings. Several ranks do it together; rank 0 writes.
 
     The folder holds ``model.safetensors`` (or the suffix of ``weights``), ``patch.safetensors``, ``record.json``,
     ``report.html``, ``findings.json``, ``config.yaml``, ``outcome.json``, ``salt`` (mode 0600: keep it apart) and
@@ -64,24 +68,41 @@ def unlearn(config: Config, resume: bool, say: Say) -> tuple[Path, dict[str, Any
     assert config.method is not None and config.out is not None
     out = Path(config.out).resolve()
     log = Path(config.log).resolve() if config.log is not None else out.parent / "log.jsonl"
-    if resume and (out / "record.json").exists():
-        return out, _complete(out, log, config)
-    _require_places(config, out, log, resume)
+    if first_alone(ranks, lambda: resume and (out / "record.json").exists()):
+        return out, first_alone(ranks, lambda: _complete(out, log, config))
+    first_alone(ranks, lambda: _require_places(config, out, log, resume))
+    if ranks.group is not None:
+        _require_together(config, ranks)
     make_method(config.method, config.settings, config.seed, nn.Module)  # wrong settings are found before data are read
-    task = open_task(config)
+    task = open_task(config, ranks)
     task.require_trained()
     if config.shadows:
         require_attackable(task)
     if config.shadows or "retrain" in (config.method, config.reference):
         task.require_fresh()
-    space = Workspace(out, task.identity(), resume)
+    if task.language:
+        language.require_measurable(task)
+    space = Workspace(out, task.identity() | language.identity(task), resume, ranks)
     try:
         run = _Run(task, space, say)
         findings = run.findings()
-        run.write(findings, log)
+        first_alone(ranks, lambda: run.write(findings, log))
     finally:
         space.close()
     return out, findings
+
+
+def _require_together(config: Config, ranks: Ranks) -> None:
+    """Refuse what one process does with a model of its own."""
+    if config.shadows:
+        raise ConfigError("shadow models are trained in one process: give --shadows 0, or start it without torchrun")
+    if config.method == "retrain":
+        raise ConfigError("method: retrain trains a new model in one process; start it without torchrun")
+    if config.reference == "retrain" and layout(config, ranks) in SHARDED:
+        raise ConfigError(
+            "reference: retrain makes a model that every process has whole, which a sharded one may be too large for; "
+            "give --reference the weights of a retrained one, or --parallel ddp"
+        )
 
 
 def _require_places(config: Config, out: Path, log: Path, resume: bool) -> None:
@@ -102,21 +123,20 @@ class _Run:
 
     def __init__(self, task: Task, space: Workspace, say: Say) -> None:
         self.task, self.space, self.say, self.config = task, space, say, task.config
-        # As the file has them: a checkpoint in half precision stays one, though the model runs in float32.
-        self.before = load_weights(task.weights) if task.weights is not None else _on_cpu(task.model.state_dict())
+        self.before = task.stored()
 
     def findings(self) -> dict[str, Any]:
         """Everything that record and report say; the pieces are kept as they are finished."""
         task, config, phase = self.task, self.config, self.space.phase
         self.request = phase("identifier", _identifier)
-        outcome = phase("unlearn", self._unlearn)
+        outcome = self.outcome = phase("unlearn", self._unlearn)
         reference_seconds = phase("retrain", self._retrain) if config.reference == "retrain" else None
-        unlearned = self._loaded(load_weights(self.space.weights("unlearned")))
+        unlearned = self._loaded(self.space.weights("unlearned"))
         reference = None
         if config.reference == "retrain":
-            reference = self._loaded(load_weights(self.space.weights("retrained")))
-        elif task.reference is not None:
-            reference = self._loaded(task.reference)
+            reference = self._loaded(self.space.weights("retrained"))
+        elif config.reference is not None:
+            reference = self._loaded(Path(config.reference))
         name = outcome["method"]
         models: list[tuple[str, str, nn.Module, Any]] = [("original", "original", task.model, None)]
         models.append((name, "unlearned", unlearned, sum(outcome["seconds"].values())))
@@ -124,7 +144,7 @@ class _Run:
             models.append(("retrained", "reference", reference, reference_seconds))
         rows, rocs, probes, distances, confusions = [], {}, {}, {}, {}
         notes: list[str] = []
-        known = Known.of(task, task.model, reference)
+        known = known_of(task, task.model, reference)
         for label, role, model, seconds in models:
             self.say(f"measuring the {role} model")
             found = phase(f"measure-{role}", partial(measure, task, model, reference, known, config.seed))
@@ -141,19 +161,24 @@ class _Run:
             for row in rows:
                 row["attacks"] |= extra["attacks"][row["role"]]
                 rocs[row["name"]] |= extra["roc"][row["role"]]
-        after = load_weights(self.space.weights("unlearned"))
+        names = list(task.model.state_dict())
         attacks = list(rows[1]["attacks"])
         samples = {n: len(part) for n, part in task.sets.items()} | {"retain": len(task.retain)}
         limits = plain_limits(method=name, reference=reference is not None, attacks=attacks)
+        third = rows[2] if len(rows) > 2 else None
+        said = (
+            language.verdict(rows[1], rows[0], third)
+            if task.language
+            else verdict(rows[1], rows[0], third, len(task.forget))
+        )
         return {
             "title": f"Unlearning {config.forget}",
-            "verdict": verdict(rows[1], rows[0], rows[2] if len(rows) > 2 else None, len(task.forget)),
+            "verdict": said,
             "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                         "data": config.data or config.forget, "model": config.model},
             "models": rows,
             "roc": rocs,
-            # Files have an order of their own.
-            "layers": layer_changes({n: self.before[n] for n in task.model.state_dict() if n in self.before}, after),
+            "layers": first_alone(task.ranks, lambda: layer_changes(in_order(self.before, names), self._after())),
             "probes": None if None in probes.values() else probes,
             "activation_distance": None if None in distances.values() else distances,
             "confusion": _confusion(task, confusions),
@@ -170,12 +195,8 @@ class _Run:
     def write(self, findings: dict[str, Any], log: Path) -> None:
         """All files of the result, the record under the log's lock, then the one rename and the log's line."""
         task, config, space = self.task, self.config, self.space
-        outcome = space.phase("unlearn", self._unlearn)
-        after = load_weights(space.weights("unlearned"))
-        own = "" if task.weights is None else task.weights.suffix  # a folder has none, an index of shards .json
-        suffix = own if own in SUFFIXES else ".safetensors"
-        checkpoint = space.path / f"model{suffix}"
-        save_weights(checkpoint, after, like=task.weights)
+        outcome, after = self.outcome, self._after()
+        checkpoint = self._checkpoint(after)
         write_patch(space.path / "patch.safetensors", self.before, after)
         write_text(space.path / "config.yaml", write_config(config))
         write_json(space.path / "outcome.json", {k: v for k, v in outcome.items() if k != "kernels"})
@@ -218,15 +239,35 @@ class _Run:
         model = task.copy()
         self.say(f"{config.method}: forgetting {len(task.forget):,} of {len(task.forget) + len(task.retain):,} samples")
         outcome, kernels = run_method(task, config.method, method, model, config.seed)
-        after = _as_stored(self.before, task.model.state_dict(), model.state_dict())
-        save_weights(self.space.weights("unlearned"), after)
+        if task.sharded:
+            self.space.save("unlearned", task.as_stored(model), task.weights)
+        else:
+            after = _as_stored(self.before, task.model.state_dict(), model.state_dict())
+            first_alone(task.ranks, lambda: save_weights(self.space.place_for("unlearned"), after))
         return {**outcome.as_dict(), "kernels": kernels}
+
+    def _after(self) -> State:
+        kept = self.space.weights("unlearned")
+        return kept_on_disk(kept) if self.task.sharded else load_weights(kept)
+
+    def _checkpoint(self, after: State) -> Path:
+        """Write it; shards are there already, and are given a second name."""
+        task, space = self.task, self.space
+        kept = space.weights("unlearned")
+        if kept.is_dir():
+            for file in kept.iterdir():
+                linked(file, space.path / file.name)
+            return weights_file(space.path)
+        own = "" if task.weights is None else task.weights.suffix  # a folder has none, an index of shards .json
+        checkpoint = space.path / f"model{own if own in SUFFIXES else '.safetensors'}"
+        save_weights(checkpoint, after, like=task.weights)
+        return checkpoint
 
     def _retrain(self) -> float:
         task = self.task
         self.say(f"retraining on the {len(task.retain):,} retained samples, the yardstick")
         models, seconds, _ = train(task, [task.retain], [self.config.seed])
-        save_weights(self.space.weights("retrained"), models[0].state_dict())
+        first_alone(task.ranks, lambda: save_weights(self.space.place_for("retrained"), models[0].state_dict()))
         return seconds
 
     def _spectra(self) -> list[dict[str, Any]]:
@@ -236,7 +277,8 @@ class _Run:
         method = make_method(config.method, config.settings, config.seed, task.fresh)
         if not isinstance(method, ClassForgetting):
             return []
-        forget, retain, _ = task.batches(config.method, config.seed)
+        both = task.batches(config.method, config.seed)[:2]
+        forget, retain = (task.dealt(batches, task.model) for batches in both)
         if max(layer.dim for layer in method.plan(task.model, forget, retain).layers) > SPECTRA_UP_TO:
             return []
         return [
@@ -244,10 +286,8 @@ class _Run:
             for layer in method.spectrum(task.model, forget, retain).layers
         ]
 
-    def _loaded(self, state: dict[str, Tensor]) -> nn.Module:
-        model = self.task.copy()
-        load_into(model, state, "what this run kept")
-        return model.eval()
+    def _loaded(self, weights: Path) -> nn.Module:
+        return self.task.loaded(weights, str(weights))
 
 
 def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) -> tuple[Outcome, dict[str, Any]]:
@@ -255,8 +295,12 @@ def run_method(task: Task, name: str, method: Any, model: nn.Module, seed: int) 
     forget, retain, validation = task.batches(name, seed)
     extra = {} if validation is None else {"validation": validation}
     torch.manual_seed(seed)
+    shared = task.shared(model)
+    given = {"forget": forget, "retain": retain, **extra}
+    # L-CODEC does the whole of the work on every rank.
+    dealt = given if isinstance(method, LCodec) else {n: task.dealt(b, shared) for n, b in given.items()}
     with ops.counted() as calls:
-        outcome: Outcome = method.unlearn(model, forget=forget, retain=retain, **extra)
+        outcome: Outcome = method.unlearn(shared, **dealt)
     kernels: dict[str, Any] = {}
     for (operator, device), count in sorted(calls.items()):
         kernels[operator] = {"calls": count, "backend": device.upper()}
@@ -279,8 +323,9 @@ def train(task: Task, parts: Sequence[Part], seeds: Sequence[int]) -> tuple[list
     for row, part in zip(keep, parts, strict=True):
         row[part.indices] = True
     start = time.perf_counter()
-    # One model gains nothing by being stacked, and a stopwatch's choice between two roundings is no seed's.
-    mode = cast(Mode, task.config.stack) if len(parts) > 1 else "sequential"
+    # One model gains nothing by being stacked, and a stopwatch's choice between two roundings is no seed's; language
+    # models fill the machine one at a time.
+    mode = cast(Mode, task.config.stack) if len(parts) > 1 and not task.language else "sequential"
     models, report = train_models(task.fresh, task.recipe, source, None, keep, list(seeds), mode, task.device)
     return models, (time.perf_counter() - start) / len(parts), report
 
@@ -295,7 +340,7 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     with locked(log) as held:
         found = read_record(out / "record.json")
         before = found["weights"]["before"]["digest"]
-        if config.weights is not None and digest(load_weights(config.weights)) != before:
+        if config.weights is not None and digest(kept_on_disk(Path(config.weights))) != before:
             raise ValueError(f"{out} holds the results for other weights than {config.weights} has now")
         if not held.has(found["id"]):
             if found["previous"] != held.last_hash:  # killed between the rename and the log, and another request came
@@ -308,10 +353,6 @@ def _complete(out: Path, log: Path, config: Config) -> dict[str, Any]:
     if (out / KEPT).exists():
         forget_phases(out)
     return findings
-
-
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def _as_stored(stored: State, loaded: State, changed: State) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastunlearn.checkpoint import load_into
 from fastunlearn.files import write_json, write_text
+from fastunlearn.jobs import language
 from fastunlearn.jobs.config import Config, ConfigError, Say, write_config
 from fastunlearn.jobs.findings import model_row
-from fastunlearn.jobs.measuring import Known, measure
+from fastunlearn.jobs.measuring import known_of, measure
 from fastunlearn.jobs.task import open_task
 from fastunlearn.jobs.workspace import Workspace, require_free
 from fastunlearn.report.html import write_report
@@ -27,13 +28,15 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
         require_free(Path(config.out), resume=False)
     task = open_task(config)
     task.require_trained()
+    if task.language:
+        language.require_measurable(task)
     reference = None
     if task.reference is not None:
         reference = task.copy()
         load_into(reference, task.reference, "--reference")
     rows, rocs, confusions, probes, distances = [], {}, {}, {}, {}
     notes: list[str] = []
-    known = Known.of(task, task.model, reference)
+    known = known_of(task, task.model, reference)
     for label, role, model in (("model", "original", task.model), ("retrained", "reference", reference)):
         if model is not None:
             say(f"measuring the {label}" if role == "original" else "measuring the retrained model")
@@ -43,11 +46,15 @@ def evaluate_weights(config: Config, say: Say) -> dict[str, Any]:
             notes += [note for note in found.pop("notes") if note not in notes]
             rows.append(model_row(label, role, [{**found, "seconds": None}]))
     samples = {name: len(part) for name, part in task.sets.items()}
-    accuracy = rows[0]["accuracy"]["forget"]["mean"]
-    goal = f", the retrained one {rows[1]['accuracy']['forget']['mean']:.1f} %" if len(rows) > 1 else ""
+    if task.language:
+        said = language.statement(rows[0], rows[1] if len(rows) > 1 else None)
+    else:
+        accuracy = rows[0]["accuracy"]["forget"]["mean"]
+        goal = f", the retrained one {rows[1]['accuracy']['forget']['mean']:.1f} %" if len(rows) > 1 else ""
+        said = f"The model is right on {accuracy:.1f} % of these samples{goal}."
     findings = {
         "title": f"What is known of {config.forget}",
-        "verdict": f"The model is right on {accuracy:.1f} % of these samples{goal}.",
+        "verdict": said,
         "request": {"forget": config.forget, "retain": config.retain, "samples": samples,
                     "data": config.data or config.forget, "model": config.model},
         "models": rows, "roc": rocs, "layers": [], "probes": None if None in probes.values() else probes,

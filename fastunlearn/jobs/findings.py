@@ -16,8 +16,12 @@ NEAR_AUC = 0.05
 NO_GAIN = 0.05  # points of accuracy that are no step towards the retrained model
 _FROM_ZERO = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
-_RANGES = {**RANGES, "loss": _FROM_ZERO, "auc": _SHARE, "tpr": _SHARE, "svc": (0.0, 100.0), "relearn": _FROM_ZERO,
-           "seconds": _FROM_ZERO}  # fmt: skip
+_PERCENT = (0.0, 100.0)
+_RANGES = {
+    **RANGES, "loss": _FROM_ZERO, "auc": _SHARE, "tpr": _SHARE, "svc": _PERCENT, "relearn": _FROM_ZERO,
+    "seconds": _FROM_ZERO, "perplexity": (1.0, math.inf), "factor": _FROM_ZERO, "overlap": _PERCENT,
+    "rouge_l": _PERCENT, "exact": _PERCENT, "questions": _PERCENT,
+}  # fmt: skip
 
 
 def joined(values: Sequence[Any], limits: tuple[float, float] = ANY) -> Any:
@@ -30,6 +34,8 @@ def joined(values: Sequence[Any], limits: tuple[float, float] = ANY) -> Any:
     if any(value is None for value in values):
         return None
     if _is_estimate(first):
+        if len(values) > 1 and any(value["mean"] is None for value in values):
+            return None  # one of them has no bound
         return first if len(values) == 1 else Estimate.over([v["mean"] for v in values], limits).as_dict()
     if isinstance(first, dict):
         shared = [key for key in first if all(key in v for v in values)]
@@ -160,9 +166,9 @@ def _auc_gaps(row: Row, reference: Row) -> dict[str, tuple[float, float]]:
     for name, attack in row["attacks"].items():
         if name in reference["attacks"]:
             ours, theirs = attack["auc"], reference["attacks"][name]["auc"]
-            found[name] = (abs(ours["mean"] - theirs["mean"]), math.hypot(_half(ours), _half(theirs)))
+            found[name] = (abs(ours["mean"] - theirs["mean"]), math.hypot(half_width(ours), half_width(theirs)))
         elif name == "U-LiRA":
-            found[name] = (abs(attack["auc"]["mean"] - 0.5), _half(attack["auc"]))
+            found[name] = (abs(attack["auc"]["mean"] - 0.5), half_width(attack["auc"]))
     return found
 
 
@@ -171,6 +177,6 @@ def _told(gaps: Mapping[str, tuple[float, float]]) -> bool:
     return any(gap > max(NEAR_AUC, chance) for gap, chance in gaps.values())
 
 
-def _half(estimate: Row) -> float:
+def half_width(estimate: Row) -> float:
     """Half of the interval's width; 0 without one."""
     return (estimate["high"] - estimate["low"]) / 2 if "high" in estimate else 0.0

@@ -19,7 +19,9 @@ from fastunlearn.evaluate.probes import linear_probe
 from fastunlearn.evaluate.relearn import relearn_time
 from fastunlearn.evaluate.signals import Signals, signals, signals_of
 from fastunlearn.hooks import preserved
+from fastunlearn.jobs import language
 from fastunlearn.jobs.findings import sentences
+from fastunlearn.jobs.language import KnownTexts
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Part, Task
 
 PROBED = 2000  # samples at most that a probe is fitted on, and as many that it is judged by
@@ -58,6 +60,11 @@ class _Answering(nn.Module):
         return logits[:, self.which]
 
 
+def known_of(task: Task, original: nn.Module, reference: nn.Module | None) -> Known | KnownTexts:
+    """What measuring the models of a run needs to know of these two; costs as :class:`Known`."""
+    return (KnownTexts if task.language else Known).of(task, original, reference)
+
+
 def answers(task: Task, model: nn.Module) -> dict[str, Tensor]:
     """The model's logits on every set that is measured, float32 [n, C] on the CPU: one forward pass for everything."""
     found = {}
@@ -73,7 +80,7 @@ def measure(
     task: Task,
     model: nn.Module,
     reference: nn.Module | None,
-    known: Known,
+    known: Known | KnownTexts,
     seed: int,
 ) -> dict[str, Any]:
     """Everything about one model; JSON, with estimates as dicts where one run has an interval.
@@ -84,8 +91,11 @@ def measure(
         known: what is the same for all models of a run.
 
     Cost: a forward pass over each set; one over the forgotten samples for activations; the probes one over at most
-    2,000 + 2,000 samples; relearning ``config.relearn`` steps at most.
+    2,000 + 2,000 samples; relearning ``config.relearn`` steps at most. Of language models what
+    :func:`fastunlearn.jobs.language.measure` says.
     """
+    if isinstance(known, KnownTexts):
+        return {name: _finite(value) for name, value in language.measure(task, model, known, seed).items()}
     ours, theirs = answers(task, model), known.reference
     stacked = {
         name: [(torch.stack([logits] if theirs is None else [logits, theirs[name]], 1), task.sets[name].labels)]
@@ -105,6 +115,7 @@ def measure(
     found |= attacks(task, {name: signals_of(logits, task.sets[name].labels) for name, logits in ours.items()}, seed)
     found["confusion"] = _confusion(task, judge, [stacked[name] for name in stacked if name.startswith("test")])
     found["relearn"] = _relearn(task, model, known.goal, seed)
+    found["notes"] += task.not_relearned
     found["probes"] = found["activation_distance"] = None
     if (drawn := len(task.measured)) < (there := len(task.retain)):
         found["notes"].append(f"Of the {there:,} retained samples {drawn:,}, drawn at random, were measured.")
@@ -181,7 +192,7 @@ def _like(test: Signals, forget: Signals) -> Signals:
 
 def _relearn(task: Task, model: nn.Module, goal: float, seed: int) -> float | None:
     """Steps until the forgotten samples are known as well as to the original, less a point; None if never."""
-    if not task.config.relearn:
+    if not task.config.relearn or task.sharded:
         return None
     loader = task.forget.loader(task.config.batch_size, shuffle=True, seed=seed)
     return relearn_time(model, loader, threshold=goal, margin=1.0, lr=RELEARN_LR, max_steps=task.config.relearn).steps
@@ -215,11 +226,12 @@ def _joined(first: Part, second: Part) -> Part | None:
 
 
 def leaks(task: Task, original: nn.Module, unlearned: nn.Module, reference: nn.Module | None) -> dict[str, Any] | None:
-    """Per-sample leak scores of the forgotten and of the retained samples beside them; None without test data.
+    """Per-sample leak scores of the forgotten and of the retained samples beside them; None without test data, and for
+    language models.
 
     Ids are the samples' own: this part of the findings is for the report, which stays with who made the request.
     """
-    if task.test is None:
+    if task.test is None or task.language:
         return None
     size = task.config.batch_size
     forget = task.forget.at_most(LEAKS_SHOWN, 0)

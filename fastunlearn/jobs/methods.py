@@ -67,9 +67,9 @@ def entry(name: str) -> Entry:
 def make_method(name: str, settings: Mapping[str, Any], seed: int, build: Callable[[], nn.Module]) -> Method:
     """The method with these settings; raises ConfigError naming the setting.
 
-    ``protect`` takes parameter names and names of torch's layers ("BatchNorm2d"), ``autocast`` "bfloat16", ``privacy``
-    and ``budget`` mappings. ``seed`` is that of the run unless the settings have their own; ``build`` makes a fresh
-    model for retraining.
+    ``protect`` takes parameter names and names of torch's layers ("BatchNorm2d"), ``autocast`` and ``fisher_dtype``
+    "bfloat16", ``privacy`` and ``budget`` mappings. ``seed`` is that of the run unless the settings have their own;
+    ``build`` makes a fresh model for retraining.
     """
     kind = entry(name).kind
     known = {f.name: str(f.type) for f in fields(kind)}
@@ -86,10 +86,11 @@ def make_method(name: str, settings: Mapping[str, Any], seed: int, build: Callab
             values[key] = None if value is None else tuple(value)
     if values.get("protect"):
         values["protect"] = tuple(_layer_or_name(p) for p in settings["protect"])
-    if values.get("autocast") is not None:
-        if values["autocast"] != "bfloat16":
-            raise ConfigError(f"{what}: autocast must be bfloat16 or null, got {values['autocast']!r}")
-        values["autocast"] = torch.bfloat16
+    for key in ("autocast", "fisher_dtype"):
+        if values.get(key) is not None and key in known:
+            if values[key] != "bfloat16":
+                raise ConfigError(f"{what}: {key} must be bfloat16 or null, got {values[key]!r}")
+            values[key] = torch.bfloat16
     for key, part in (("privacy", Privacy), ("budget", Budget)):
         if values.get(key) is not None:
             check_type(values[key], "dict", f"{what}: {key}")

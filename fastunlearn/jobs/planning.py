@@ -18,9 +18,11 @@ from fastunlearn.data import Batch, per_sample_loss, read
 from fastunlearn.evaluate.signals import signals_of
 from fastunlearn.fisher import fisher_diagonal, fisher_plan
 from fastunlearn.inputs import Loader
+from fastunlearn.jobs import language
 from fastunlearn.jobs.measuring import LEAKS_SHOWN, PROBED, attacks
 from fastunlearn.jobs.methods import Method, make_method
 from fastunlearn.jobs.task import FORGOTTEN_TEST, Task
+from fastunlearn.language import loss_for
 from fastunlearn.methods.class_forgetting import ClassForgetting
 from fastunlearn.methods.dampening import SelectiveSynapticDampening
 from fastunlearn.methods.deepclean import DeepClean
@@ -139,7 +141,7 @@ def _measure(task: Task) -> _Rates:
     loader = task.retain.loader(task.config.batch_size)
     model = task.copy().eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    kept = 0
+    kept, loss_fn = 0, loss_for(model, None)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept
@@ -152,7 +154,7 @@ def _measure(task: Task) -> _Rates:
 
     def step(optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss = per_sample_loss(None, batch.outputs(model), batch.targets, batch.size).mean()
+        loss = per_sample_loss(loss_fn, batch.outputs(model), batch.targets, batch.size).mean()
         torch.autograd.backward(loss)
         optimizer.step()
 
@@ -208,7 +210,7 @@ def _method_step(task: Task, name: str, method: Method, rates: _Rates, weights: 
         size = task.config.batch_size
         whole = m if method.fisher_samples is None else -(-method.fisher_samples // size) * size
         epochs = method.finetune_epochs if isinstance(method, DeepClean) else 0
-        labels = len(task.classes) if method.fisher == "exact" else 1
+        labels = _labels(task) if method.fisher == "exact" else 1
         fisher, tuned = n + min(m, whole), epochs * m
         what = f"Fisher diagonal of {n:,} + {min(m, whole):,} samples" + (
             f", {epochs} epochs over retain" * bool(epochs)
@@ -244,6 +246,15 @@ def _method_step(task: Task, name: str, method: Method, rates: _Rates, weights: 
     return Step(name, f"{epochs} epochs", passes, passes, rates.seconds(0, passes), 5 * weights)
 
 
+def _labels(task: Task) -> int:
+    """Backward passes of an exact Fisher diagonal: one for each class, of texts for each token at each position."""
+    if not task.language:
+        return len(task.classes)
+    with torch.no_grad():
+        _, positions, tokens = next(read(task.retain.loader(1), "retain", task.device)).outputs(task.model).shape
+    return int(positions - 1) * int(tokens)
+
+
 def _removal(task: Task, method: LCodec, samples: int) -> float:
     """Seconds of removing the first so many of the forgotten samples at once, from a copy of the model."""
     few = replace(task.forget, indices=task.forget.indices[:samples])
@@ -259,9 +270,12 @@ def _measuring_steps(task: Task, rates: _Rates, weights: int) -> list[Step]:
     models = 2 if task.config.reference is None else 3
     n = len(task.forget)
     measured = sum(len(part) for part in task.sets.values())
-    passes = _looks(task, models) + _looks_at_leaks(task, models)
+    passes = n + (models + (models > 2)) * measured if task.language else _looks(task, models)
+    passes += _looks_at_leaks(task, models)
     steps = [Step("measure", f"{models} models on {measured:,} samples", passes, 0, rates.seconds(passes, 0), weights)]
-    if task.test is not None:
+    if task.language:
+        steps += _language_steps(task, models, weights)
+    elif task.test is not None:
         what = f"membership attacks on {models} models, {task.config.bootstrap:,} resamples each"
         steps.append(Step("attacks", what, 0, 0, models * _attacks_once(task), 0))
     if most := task.config.relearn:
@@ -273,6 +287,24 @@ def _measuring_steps(task: Task, rates: _Rates, weights: int) -> list[Step]:
         what = f"{task.config.shadows} models on half of the data each, less those in the cache"
         steps.append(Step("shadows", what, passes, passes, rates.retraining * passes, 5 * weights))
     return steps
+
+
+def _language_steps(task: Task, models: int, weights: int) -> list[Step]:
+    """What is measured of language models alone: continuations, questions, Min-K%."""
+    tried = language.trial(task)
+    count = sum(tried.continued.values())
+    steps = [
+        Step("continue", f"{models} models on {count:,} texts, at most {tried.tokens:,} tokens of each, greedily",
+             models * count * tried.tokens, 0, models * count * tried.continuation, weights)
+    ]  # fmt: skip
+    if tried.questions:
+        what = f"{tried.questions:,} questions, a pass for each of their {tried.choices:,} choices"
+        seconds = models * tried.questions * tried.question
+        steps.append(Step("questions", what, models * tried.choices, 0, seconds, weights))
+    what = f"intervals of {models} models, {task.config.bootstrap:,} resamples each"
+    if task.test is not None:
+        what = f"membership attacks and {what}"
+    return [*steps, Step("attacks", what, 0, 0, models * tried.statistics, 0)]
 
 
 def _looks(task: Task, models: int) -> int:
@@ -291,7 +323,7 @@ def _looks(task: Task, models: int) -> int:
 
 def _looks_at_leaks(task: Task, models: int) -> int:
     """Forward passes, in samples, of the leak reports: nearest retained samples, and their signals; at most."""
-    if task.test is None:
+    if task.test is None or task.language:
         return 0
     n = min(len(task.forget), LEAKS_SHOWN)
     beside = min(len(task.measured), 5 * n, LEAKS_SHOWN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,17 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.checkpoint import digest, load_into, load_weights
-from fastunlearn.data import read
+from fastunlearn.checkpoint import State, digest, load_into, load_weights
+from fastunlearn.data import Batches, read
 from fastunlearn.draws import derived_seed
 from fastunlearn.evaluate.stacked import Recipe, initial_model
 from fastunlearn.files import sha256_of_file
 from fastunlearn.hooks import preserved
 from fastunlearn.inputs import DataOptions, Loader, Samples, build_model, open_samples, select, tokenizer_of
+from fastunlearn.inputs.own_targets import is_causal_folder, next_tokens, with_own_targets
 from fastunlearn.inputs.places import blaming
 from fastunlearn.jobs.config import Config, ConfigError, flag_of, pick
 from fastunlearn.jobs.methods import METHODS, TAKES_VALIDATION, entry
+from fastunlearn.language import is_causal_lm
+from fastunlearn.parallel.checkpoints import sharded_digest
+from fastunlearn.parallel.deal import deal
+from fastunlearn.parallel.launch import local_device, require_same
+from fastunlearn.parallel.placing import place, replicated, without_memory
+from fastunlearn.parallel.ranks import ALONE, Ranks, local, sharing
+from fastunlearn.parallel.stored import Box, Stored, open_stored
 
+SHARDED = ("fsdp", "tp")  # no rank has the model whole
 FORGOTTEN_TEST = "test of forgotten"  # test samples of the classes that are forgotten
 
 
@@ -82,12 +91,16 @@ class Task:
     """What a run works on.
 
     Attributes:
-        model: with the weights, in eval mode, on the device.
+        model: with the weights, in eval mode, on the device; this rank's shard of it where the model is sharded.
         weights: the file they came from; None for a model that brings its own.
         forget, retain: disjoint where they come from the same data.
         measured: what is measured of ``retain``.
-        reference: weights of a model that never saw the forgotten data, if a file was given.
+        reference: weights of a model that never saw the forgotten data, if a file was given; of a sharded model they
+            stay there.
         classes: names of the outputs, as far as the data names them.
+        ranks: who works on it, each with the whole of the data.
+        parallel: how the ranks hold the model: ``none``, ``ddp``, ``fsdp`` or ``tp``.
+        architecture: the model's modules, in text.
     """
 
     config: Config
@@ -99,14 +112,34 @@ class Task:
     measured: Part
     test: Part | None
     validation: Part | None
-    reference: dict[str, Tensor] | None
+    reference: State | None
     recipe: Recipe
     classes: list[str]
+    ranks: Ranks = ALONE
+    parallel: str = "none"
+    architecture: str = ""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the original weights."""
-        return digest(self.model.state_dict())
+        return sharded_digest(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has the model whole."""
+        return self.parallel in SHARDED
+
+    @property
+    def not_relearned(self) -> list[str]:
+        """What the report says where the time to relearn is not measured though it was asked for."""
+        if not (self.sharded and self.config.relearn):
+            return []
+        return ["The time to relearn was not measured: it needs a copy of the model, which no process has whole."]
+
+    @property
+    def language(self) -> bool:
+        """Whether the model is a causal language model."""
+        return is_causal_lm(self.model)
 
     @property
     def sets(self) -> dict[str, Part]:
@@ -167,9 +200,65 @@ class Task:
         """The weights of a newly made model, drawn with another seed than :func:`open_task` did."""
         return initial_model(build, derived_seed(self.config.seed, "drawn")).state_dict()
 
-    def copy(self) -> nn.Module:
-        """The model, to be changed."""
-        return copy.deepcopy(self.model)
+    def copy(self, model: nn.Module | None = None) -> nn.Module:
+        """The model, or another one of the run that lies over the ranks like it, to be changed."""
+        model = self.model if model is None else model
+        if not self.sharded:
+            return copy.deepcopy(model)
+        other = self._placed(_dtype(self.config), None)
+        with torch.no_grad():
+            for mine, given in ((other.parameters, model.parameters), (other.buffers, model.buffers)):
+                for a, b in zip(mine(), given(), strict=True):
+                    local(a).copy_(local(b))
+        for a, b in zip(other.parameters(), model.parameters(), strict=True):
+            a.requires_grad_(b.requires_grad)
+        return other
+
+    def loaded(self, weights: Path | State, source: str) -> nn.Module:
+        """A model with these weights, which lies over the ranks as the task's does, in eval mode."""
+        if self.sharded and isinstance(weights, Path):
+            return self._placed(_dtype(self.config), weights)
+        model = self.copy()
+        load_into(model, load_weights(weights) if isinstance(weights, Path) else weights, source)
+        return model.eval()
+
+    def shared(self, model: nn.Module) -> nn.Module:
+        """The model as a method is given it: one that each rank has whole is kept the same by DDP."""
+        return replicated(model, self.ranks) if self.parallel == "ddp" else model
+
+    def dealt(self, batches: Batches, model: nn.Module) -> Batches:
+        """This rank's share of the batches, where ``model`` is one that all ranks work on together."""
+        ranks = sharing(model)
+        return batches if ranks.group is None else deal(batches, ranks)
+
+    def stored(self) -> State:
+        """The original weights as the file has them: a checkpoint in half precision stays one, whatever the model runs
+        in. They are read when asked for where the model is sharded."""
+        if self.weights is None:
+            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        return kept_on_disk(self.weights) if self.sharded else load_weights(self.weights)
+
+    def as_stored(self, model: nn.Module) -> nn.Module:
+        """Of a sharded model, the same in the types of the file; what is as in the task's model keeps the file's bits,
+        which a model of lower precision than the file has rounded."""
+        if self.config.dtype == "auto":
+            return model
+        found = self._placed(None, self.weights)
+        with torch.no_grad():
+            for old, before, after in zip(found.parameters(), self.model.parameters(), model.parameters(), strict=True):
+                mine, new = local(old), local(after)
+                mine.copy_(torch.where(new == local(before), mine, new.to(mine.dtype)))
+        return found
+
+    def _placed(self, dtype: torch.dtype | None, weights: Path | None) -> nn.Module:
+        """One without weights of its own, or each rank would make the whole of them to have them replaced."""
+
+        def build() -> nn.Module:
+            with without_memory():
+                return make_model(self.config, len(self.classes), fresh=True)
+
+        with naming("--weights"):
+            return place(build, self.parallel, self.ranks, self.device, dtype, weights)
 
     def batches(self, method: str, seed: int) -> tuple[Loader, Loader, Loader | None]:
         """Forget, retain and validation batches as the method reads them; None for those that it does not take."""
@@ -185,11 +274,13 @@ class Task:
         chosen = {name: _hash(part.indices) for name, part in self._parts().items()}
         reference = None if self.reference is None else digest(self.reference)
         config = {k: v for k, v in self.config.as_dict().items() if k not in ("out", "log", "cache")}
-        file = Path(self.config.model.rpartition(":")[0])
-        code = file.read_bytes() if file.suffix == ".py" else b""
-        model = hashlib.sha256(repr(self.model).encode() + code).hexdigest()
-        return {**config, "model digest": model, "weights digest": self.digest, "data digests": sources,
-                "samples": chosen, "reference digest": reference}  # fmt: skip
+        file, settings = Path(self.config.model.rpartition(":")[0]), Path(self.config.model) / "config.json"
+        code = file.read_bytes() if file.suffix == ".py" else settings.read_bytes() if settings.is_file() else b""
+        model = hashlib.sha256(self.architecture.encode() + code).hexdigest()
+        found = {**config, "model digest": model, "weights digest": self.digest, "data digests": sources,
+                 "samples": chosen, "reference digest": reference}  # fmt: skip
+        require_same(self.ranks, found)
+        return found
 
     def _parts(self) -> dict[str, Part]:
         held = {} if self.validation is None else {"validation": self.validation}
@@ -198,13 +289,20 @@ class Task:
         )
 
 
-def open_task(config: Config) -> Task:
-    """Open and check everything that ``config`` names.
+def layout(config: Config, ranks: Ranks) -> str:
+    """How the ranks hold the model."""
+    return "none" if ranks.group is None else "fsdp" if config.parallel == "auto" else config.parallel
+
+
+def open_task(config: Config, ranks: Ranks = ALONE) -> Task:
+    """Open and check everything that ``config`` names; every one of several ranks does.
 
     Raises ValueError, TypeError, OSError or ImportError in one line that names the flag, the file or the key; nothing
     has been written or changed then. Cost: the data are read, and one batch is run through the model.
     """
     config.require("forget")
+    require_same(ranks, config.as_dict())
+    parallel = layout(config, ranks)
     device = device_named(config.device)
     options = _options(config)
     tokenizer = tokenizer_of(config.model)
@@ -212,8 +310,9 @@ def open_task(config: Config) -> Task:
     names: list[str] | None = None  # of the classes, from the first source that has any: a class is a number once
 
     def opened(name: str, spec: str) -> Samples:
+        own = with_own_targets(spec, options) if is_causal_folder(config.model) else options
         with naming(flag_of(name)):
-            return open_samples(spec, options=options, tokenizer=tokenizer, classes=names)
+            return open_samples(spec, options=own, tokenizer=tokenizer, classes=names)
 
     forget, retain = _forget_and_retain(config, opened)
     names = forget.samples.classes or retain.samples.classes
@@ -222,23 +321,39 @@ def open_task(config: Config) -> Task:
     validation = None if config.validation is None else _whole("validation", opened("validation", config.validation))
     classes = _classes([p.samples for p in (forget, retain, test, validation) if p is not None])
     # Seeded, so that an interrupted run without weights is known again when it goes on.
-    model = initial_model(lambda: make_model(config, len(classes)), config.seed)
-    own = Path(config.model)
     weights = Path(config.weights) if config.weights is not None else None
-    if weights is not None:
-        with naming("--weights"):
-            load_into(model, load_weights(weights), str(weights))
-    elif own.is_dir():
-        weights = own
-        with naming("--model"):
-            load_into(model, load_weights(own), str(own))
-    model = model.to(device).eval()
-    reference = None
+    if weights is None and Path(config.model).is_dir():
+        weights = Path(config.model)
+    given = "--model" if config.weights is None else "--weights"
+    build = partial(make_model, config, len(classes), fresh=True)
+    if parallel in SHARDED:
+        if weights is None:
+            raise ConfigError("weights is missing: a sharded model is loaded shard by shard; give --weights")
+        with without_memory():
+            architecture = repr(build())
+        with naming(given):
+            model = place(build, parallel, ranks, device, _dtype(config), weights)
+    else:
+        model = initial_model(lambda: make_model(config, len(classes)), config.seed)
+        architecture = repr(model)
+        if weights is not None:
+            with naming(given):
+                load_into(model, load_weights(weights), str(weights))
+        model = model.to(device, _dtype(config)).eval()
+    if is_causal_lm(model):
+        known: dict[int, Samples] = {}
+        forget, retain = _own_targets(forget, known), _own_targets(retain, known)
+        test, validation = (None if part is None else _own_targets(part, known) for part in (test, validation))
+    reference: State | None = None
     if config.reference not in (None, "retrain"):
         assert config.reference is not None
         with naming("--reference"):
-            reference = load_weights(Path(config.reference))
-            load_into(copy.deepcopy(model), reference, config.reference)
+            if parallel in SHARDED:
+                reference = kept_on_disk(Path(config.reference))
+                place(build, parallel, ranks, device, _dtype(config), config.reference)  # whether they fit
+            else:
+                reference = load_weights(Path(config.reference))
+                load_into(copy.deepcopy(model), reference, config.reference)
     recipe = pick(Recipe, config.training, "training")
     # Another draw than those of the methods, or what is measured would be what they have seen.
     measured = retain.at_most(config.measured, derived_seed(config.seed, "measured"))
@@ -246,6 +361,7 @@ def open_task(config: Config) -> Task:
         raise ValueError(f"--test {config.test} holds the samples that are forgotten or retained; give others")
     task = Task(
         config, device, model, weights, forget, retain, measured, test, validation, reference, recipe, classes,
+        ranks, parallel, architecture,
     )  # fmt: skip
     _try(task)
     return task
@@ -267,6 +383,10 @@ def device_named(name: str) -> torch.device:
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    try:
+        device = local_device(device)
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from error
     if device.type == "cuda":
         problem = cuda_problem()
         if not problem and device.index is not None and device.index >= torch.cuda.device_count():
@@ -274,6 +394,40 @@ def device_named(name: str) -> torch.device:
         if problem:
             raise ValueError(f"--device {name} can not be used: {problem}")
     return device
+
+
+def _dtype(config: Config) -> torch.dtype | None:
+    """Of the model while it runs; None for its own."""
+    return None if config.dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """Weights that are read when they are asked for, each time anew."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.stored[name]
+        return found.read(Box.whole(found.shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def kept_on_disk(path: Path) -> State:
+    """The weights of a checkpoint, one at a time: for models that no process may hold whole."""
+    return _OnDisk(open_stored(path))
+
+
+def in_order(state: State, names: Iterable[str]) -> State:
+    """Those of ``state`` that are named, in this order: files have one of their own."""
+    if isinstance(state, _OnDisk):
+        return _OnDisk({name: state.stored[name] for name in names if name in state})
+    return {name: state[name] for name in names if name in state}
 
 
 @contextlib.contextmanager
@@ -336,6 +490,13 @@ def _renumbered(samples: Samples, classes: list[str]) -> Samples:
     return replace(samples, labels=numbers[samples.labels], classes=classes)
 
 
+def _own_targets(part: Part, known: dict[int, Samples]) -> Part:
+    """The part with every text as its own target; parts of one source stay parts of one."""
+    if id(part.samples) not in known:
+        known[id(part.samples)] = next_tokens(part.samples)
+    return replace(part, samples=known[id(part.samples)])
+
+
 def _whole(name: str, samples: Samples) -> Part:
     return Part(name, samples, torch.arange(len(samples)))
 
@@ -362,10 +523,11 @@ def _try(task: Task) -> None:
             batch = next(read(few.loader(2), name, task.device))
             with blaming(f"--model {task.config.model} can not run on {part.samples.source}: it"):
                 logits = batch.outputs(task.model)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
+        dims, axes = (3, "texts, tokens, vocabulary") if task.language else (2, "samples, classes")
+        if not isinstance(logits, Tensor) or logits.dim() != dims or not logits.is_floating_point():
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"--model {task.config.model} must return logits [samples, classes], it returns {shape}")
-        if logits.shape[1] < len(task.classes):
+            raise ValueError(f"--model {task.config.model} must return logits [{axes}], it returns {shape}")
+        if not task.language and logits.shape[1] < len(task.classes):
             raise ValueError(
                 f"--model {task.config.model} has {logits.shape[1]} outputs, but {part.samples.source} has "
                 f"{len(task.classes)} classes"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from fastunlearn.data import Batches, LossFunction, read
+from fastunlearn.data import Batches, LossFunction
 from fastunlearn.hooks import Copies, device_of, preserved, require_finite, restored_on_error
-from fastunlearn.methods.training import descend
+from fastunlearn.methods.training import descend, training_share
 from fastunlearn.outcome import Outcome
-from fastunlearn.parallel.ranks import unwrapped
+from fastunlearn.parallel.deal import together
+from fastunlearn.parallel.ranks import counted, holders, local, sharing, unwrapped
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,17 @@ class Retrain:
         Raises ValueError for an empty ``retain`` or a module that can not be initialised anew, before anything
         changes; whatever is raised later, the weights are put back. Cost: ``epochs`` forward and
         backward passes over ``retain``.
+
+        On several ranks every rank calls this with its own share of the samples; of a model in shards ``build`` must
+        return another one sharded alike.
         """
         outcome = Outcome("Retrain", _settings(self))
-        device = device_of(model)
-        steps = sum(1 for _ in read(retain, "retain", device)) * self.epochs
+        device, ranks = device_of(model), sharing(model)
+        if self.build is None and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ValueError(
+                "a sharded model is not initialised anew in place; pass build=, which returns one sharded alike"
+            )
+        steps = sum(1 for _ in together(training_share(retain), "retain", device, ranks)) * self.epochs
         with (
             preserved(model),
             restored_on_error(model) as before,
@@ -58,9 +67,11 @@ class Retrain:
         ):
             torch.manual_seed(self.seed)
             if self.build is not None:
-                model.load_state_dict(self.build().state_dict())
+                unwrapped(model).load_state_dict(unwrapped(self.build()).state_dict())
             else:
                 _begin_anew(unwrapped(model))
+            if ranks.rank:
+                torch.manual_seed(self.seed + ranks.rank)  # so that ranks drop out other units
             model.train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
@@ -74,7 +85,7 @@ class Retrain:
                 schedule,
                 progress=self.progress,
             )
-        _count_changes(outcome, before)
+        _count_changes(outcome, before, model)
         return outcome
 
 
@@ -184,13 +195,20 @@ def _step_over(
     with preserved(model), restored_on_error(model) as before, outcome.measured(device), outcome.phase("train"):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=momentum)
         descend(model, batches, name, optimizer, epochs, loss_fn, sign=sign, progress=progress)
-    _count_changes(outcome, before)
+    _count_changes(outcome, before, model)
 
 
-def _count_changes(outcome: Outcome, before: Copies) -> None:
-    for name, parameter, copy in before:
-        outcome.count(name, copy, parameter)
+def _count_changes(outcome: Outcome, before: Copies, model: nn.Module) -> None:
+    """Of all ranks that hold a part of the weights."""
+    ranks = holders(model)
+    names = [name for name, _, _ in before]
+    here = [counted(p, ranks) * (local(p.detach()) != local(old)).sum() for _, p, old in before]
+    total = torch.stack(here)
+    ranks.sum_(total)
+    outcome.changed |= {name: count for name, count in zip(names, total.tolist(), strict=True) if count}
 
 
 def _settings(method: Retrain | FineTune | GradientAscent) -> dict[str, object]:
-    return {name: value for name, value in asdict(method).items() if name not in ("progress", "build", "loss_fn")}
+    # Not asdict: it copies whatever ``build`` and ``loss_fn`` hold on to, a model or a process group.
+    names = [field.name for field in fields(method) if field.name not in ("progress", "build", "loss_fn")]
+    return {name: getattr(method, name) for name in names}

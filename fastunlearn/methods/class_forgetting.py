@@ -74,8 +74,9 @@ class ClassForgetting:
             system's condition is at most max(alpha, 1 / alpha)); and a sketch where the Gram matrices do not fit
             ``memory_limit``, the smallest layers going first. What was used and why: ``details["solver"]``.
         max_patches: rows of input sampled per layer and set; None for all.
-        layers: names of the layers to update; all by default. An attention's name stands for its four projections
-            ``.q``, ``.k``, ``.v``, ``.out_proj``, which may be named themselves.
+        layers: names of the layers to update; by default all whose weights require grad (an adapter's alone), or all
+            where none does. An attention's name stands for its four projections ``.q``, ``.k``, ``.v``, ``.out_proj``,
+            which may be named themselves.
         seed: of that sample, and of "rsvd" and "sketch".
         progress: show progress bars.
         rank: eigenpairs kept by "rsvd" and "sketch"; None for 4 alpha, at least 64. What lies outside is dropped, at
@@ -551,8 +552,13 @@ def _called(
 
 
 def _updatable(model: nn.Module, layers: Sequence[str] | None) -> tuple[list[list[Slot]], dict[str, str]]:
-    """The chosen slots, those that share a weight together; and the ones to leave alone, with the reason."""
+    """The chosen slots, those that share a weight together; and the ones to leave alone, with the reason.
+
+    Gradients are not needed here, so a model whose weights are all frozen is taken whole; one with an adapter, or with
+    a part that is trained, is changed there alone.
+    """
     chosen = choose_layers(model, layers)
+    partly = layers is None and any(p.requires_grad for p in model.parameters())
     untouched = left_out(model) if layers is None else {}
     users: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -569,6 +575,9 @@ def _updatable(model: nn.Module, layers: Sequence[str] | None) -> tuple[list[lis
         if weight in done:
             continue
         done.add(weight)
+        if partly and not slot.parameter.requires_grad:
+            untouched[slot.name] = "it does not require grad, as others do; name it in layers= to change it"
+            continue
         # Every use of a shared weight counts, also those in layers that were not named.
         shared = []
         foreign = []

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastunlearn import ops
-from fastunlearn.data import Batches, LossFunction, count_batches, read
+from fastunlearn.data import Batches, LossFunction, read
 from fastunlearn.evaluate import Metrics, evaluate, predict
 from fastunlearn.fisher import Kind
 from fastunlearn.hooks import device_of, preserved, restored, restored_on_error
@@ -34,10 +34,10 @@ from fastunlearn.methods.importance import (
     measure,
     protected_names,
 )
-from fastunlearn.methods.training import autocast_to, descend
+from fastunlearn.methods.training import autocast_to, count_steps, descend
 from fastunlearn.optim import MaskedAdamW, MaskedSGD
 from fastunlearn.outcome import Outcome
-from fastunlearn.parallel.ranks import local, sharing, sum_over, unwrapped
+from fastunlearn.parallel.ranks import local, sharing, unwrapped
 
 DEFAULT_FRACTION = 0.3
 Reset = Literal["zero", "mean", "init"]
@@ -293,7 +293,8 @@ class DeepClean:
             before = evaluate(model, reference=yardstick, **sets)
         passes = Outcome("DeepClean", self._settings())
         importances = self._measure(passes, model, forget, retain, parameters)
-        samples = sum(batch.size for batch in read(forget, "forget", device))
+        own = sum(batch.size for raw in forget for batch in read([raw], "forget", device))  # of a rank perhaps none
+        samples = sum(sharing(model).gather(own))
         points = []
         for setting in settings:
             outcome = Outcome("DeepClean", setting._settings())
@@ -404,7 +405,7 @@ class DeepClean:
         retain: Batches,
         validation: Batches | None,
     ) -> None:
-        device, ranks = device_of(model), sharing(model)
+        device = device_of(model)
         tuned = [parameters[name] for name in masks]
         optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
@@ -413,7 +414,7 @@ class DeepClean:
             optimizer = MaskedAdamW(tuned, list(masks.values()), self.lr, weight_decay=self.weight_decay)
         schedule = None
         if self.cosine:
-            steps = self.finetune_epochs * count_batches(retain)
+            steps = self.finetune_epochs * count_steps(model, retain)
             warm = max(1, steps // 20)  # the first steps after a reset are steep
 
             def factor(step: int) -> float:
@@ -427,9 +428,7 @@ class DeepClean:
             outcome.details["epochs"] = epoch
             if validation is None:
                 return False
-            found = predict(model, validation, "validation", self.loss_fn)[1].double()
-            total, count = sum_over(ranks, (float(found.sum()), len(found)), device)
-            losses.append(total / count)
+            losses.append(float(predict(model, validation, "validation", self.loss_fn)[1].mean()))
             outcome.details["validation_loss"] = losses
             lowest = losses.index(min(losses))
             if self.patience is not None and lowest == len(losses) - 1:
@@ -437,7 +436,7 @@ class DeepClean:
             return self.patience is not None and len(losses) - 1 - lowest >= self.patience
 
         with preserved(model):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + sharing(model).rank)  # so that ranks drop out other units
             model.train(self.dropout)
             for module in model.modules():
                 if isinstance(module, _NormBase):

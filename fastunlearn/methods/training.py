@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastunlearn.data import Batches, LossFunction, per_sample_loss
+from fastunlearn.data import Batches, LossFunction, count_batches, per_sample_loss
 from fastunlearn.hooks import device_of
 from fastunlearn.language import loss_for
 from fastunlearn.outcome import track
 from fastunlearn.parallel.deal import Dealt, together
-from fastunlearn.parallel.ranks import Ranks, sharing
+from fastunlearn.parallel.ranks import Ranks, replicas, sharing
 
 
 def descend(
@@ -36,11 +36,10 @@ def descend(
     with the model in the mode it should train in. Raises FloatingPointError when the loss is no longer finite.
 
     On several ranks a step takes the samples of all of them at once, each counting the same; of dealt batches every
-    rank takes a part of each, so that steps are those of one process.
+    rank takes a part of each, so that steps are those of one process. DistributedDataParallel in torch.compile trains
+    uncompiled.
     """
-    ranks = sharing(model)
-    if isinstance(batches, Dealt):
-        batches = batches.split
+    ranks, batches = sharing(model), training_share(batches)
     device = device_of(model)
     running = _engine(model)
     loss_fn = loss_for(model, loss_fn)
@@ -63,11 +62,27 @@ def descend(
     optimizer.zero_grad(set_to_none=True)
 
 
+def training_share(batches: Batches) -> Batches:
+    """What this rank trains on: of dealt batches a part of each, of others all."""
+    return batches.split if isinstance(batches, Dealt) else batches
+
+
+def count_steps(model: nn.Module, batches: Batches) -> int:
+    """Of :func:`descend` in an epoch: as many on every rank as the one with the most batches has."""
+    steps: list[int] = sharing(model).gather(count_batches(training_share(batches)))
+    return max(steps)
+
+
 def _engine(model: nn.Module) -> nn.Module:
     """DistributedDataParallel made anew, for the parameters that require grad now; any other model as it is."""
-    if not isinstance(model, DistributedDataParallel):
+    ddp = replicas(model)
+    if ddp is None:
         return model
-    return DistributedDataParallel(model.module, device_ids=model.device_ids, process_group=model.process_group)
+    return DistributedDataParallel(
+        ddp.module, device_ids=ddp.device_ids, process_group=ddp.process_group, broadcast_buffers=ddp.broadcast_buffers,
+        find_unused_parameters=ddp.find_unused_parameters, gradient_as_bucket_view=ddp.gradient_as_bucket_view,
+        static_graph=ddp.static_graph,
+    )  # fmt: skip
 
 
 def _joint(losses: Tensor, counts: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:

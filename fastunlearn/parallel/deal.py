@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastunlearn.data import Batch, Batches, count_batches, read, require_batches
+from fastunlearn.data import Batch, Batches, count_batches, read, require_batches, transparent
 from fastunlearn.parallel.ranks import Ranks, world
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Split:
     def __iter__(self) -> Iterator[Any]:
         mine = slice(self.ranks.rank, None, self.ranks.size)
         for raw in self.batches:
-            yield tree_map_only(torch.Tensor, lambda t: t[mine], dict(raw) if isinstance(raw, dict) else raw)
+            yield tree_map_only(torch.Tensor, lambda t: t[mine], transparent(raw))
 
     def __len__(self) -> int:
         return count_batches(self.batches)
@@ -100,6 +102,12 @@ def together(batches: Batches, name: str, device: torch.device, ranks: Ranks) ->
         yield last, mine is not None
 
 
+def dealt_back(ranks: Ranks, parts: list[Part]) -> list[Part]:
+    """What all ranks made of their batches, in the order of the batches before they were dealt."""
+    shares = ranks.gather(parts)
+    return [mine[step] for step in range(max(map(len, shares))) for mine in shares if step < len(mine)]
+
+
 _DONE = "no more"
 _NO_MORE, _HAS_BATCH, _HAS_LAST = 1, 2, 4
 
@@ -115,8 +123,8 @@ def _read_one(raw: Any, name: str, device: torch.device) -> Batch | None:
 
 
 def _has_samples(raw: Any) -> bool:
-    return all(len(leaf) for leaf in tree_leaves(dict(raw) if isinstance(raw, dict) else raw)
-               if isinstance(leaf, torch.Tensor) and leaf.dim())  # fmt: skip
+    leaves = tree_leaves(transparent(raw))
+    return all(len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim())
 
 
 def _broadcast(batch: Batch | None, source: int, device: torch.device, ranks: Ranks) -> Batch:

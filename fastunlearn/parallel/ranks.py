@@ -7,14 +7,13 @@ same time, with its own share of the samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,22 +54,25 @@ class Ranks:
         """As :meth:`gather`, of a whole number, which takes one collective on ``device``."""
         if self.group is None:
             return [value]
-        found = torch.empty(self.size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(found, torch.tensor([value], device=device), group=self.group)
-        numbers: list[int] = found.tolist()
+        found = torch.empty(self.size, 1, dtype=torch.int64, device=device)
+        dist.all_gather(list(found), torch.tensor([value], device=device), group=self.group)
+        numbers: list[int] = found.flatten().tolist()
         return numbers
-
-    def any(self, here: bool) -> bool:
-        """Whether it holds on any rank."""
-        return any(self.gather(here))
 
 
 ALONE = Ranks()
 
 
+def replicas(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel around the whole model, also inside of torch.compile; None where there is none."""
+    inner = model._orig_mod if type(model).__name__ == "OptimizedModule" else model  # no import for who compiles not
+    return inner if isinstance(inner, DistributedDataParallel) else None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel; any other as it is."""
-    return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
+    ddp = replicas(model)
+    return model if ddp is None else unwrapped(ddp.module)
 
 
 def reshard(model: nn.Module) -> None:
@@ -81,26 +83,51 @@ def reshard(model: nn.Module) -> None:
 
 
 def everyone(model: nn.Module) -> Ranks:
-    """All ranks that hold a part of the model or of its samples; it is in its shards afterwards."""
-    if isinstance(model, DistributedDataParallel):
-        return Ranks.of(model.process_group)
+    """All ranks that hold a part of the model or of its samples; it is in its shards afterwards.
+
+    Raises ValueError for what is not supported: DistributedDataParallel around a part of the model or around shards,
+    the older FullyShardedDataParallel, shards on some ranks of a job only.
+    """
+    ddp = replicas(model)
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)):
+            kind = type(module).__name__
+            raise ValueError(
+                f"{name or 'the model'} is in {kind}; supported are DistributedDataParallel around the whole model, "
+                "fully_shard and parallelize_module"
+            )
     reshard(model)
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        assert dist.group.WORLD is not None  # there is no mesh without
-        return Ranks.of(dist.group.WORLD)
-    return ALONE
+    sharded = {name: p for name, p in unwrapped(model).named_parameters() if isinstance(p, DTensor)}
+    if ddp is not None:
+        if sharded:
+            raise ValueError(
+                f"{next(iter(sharded))} is a DTensor inside DistributedDataParallel; use either shards or replicas"
+            )
+        return Ranks.of(ddp.process_group)
+    if not sharded:
+        return ALONE
+    world = dist.group.WORLD
+    assert world is not None  # there is no mesh without
+    for name, parameter in sharded.items():
+        if parameter.device_mesh.size() != world.size():
+            raise ValueError(
+                f"{name} is on a mesh of {parameter.device_mesh.size()} ranks, but {world.size()} were started; "
+                "shard it over all of them"
+            )
+    return Ranks.of(world)
 
 
 def sharing(model: nn.Module) -> Ranks:
     """The ranks that have samples of their own: all of DDP and FSDP2; with tensor parallelism alone each has the same.
 
-    Raises ValueError for what is not supported: FSDP2 over a mesh of several dimensions, or beside plain parameters.
+    Raises ValueError as :func:`everyone`, and for FSDP2 over a mesh of several dimensions, beside plain parameters, or
+    with weights that wait on another device than they are used on.
     """
-    if isinstance(model, DistributedDataParallel):
-        return Ranks.of(model.process_group)
+    ranks = everyone(model)
+    if replicas(model) is not None:
+        return ranks
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return ALONE
-    reshard(model)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise ValueError(f"{name} is not sharded, but others are; call fully_shard on the whole model, too")
@@ -109,12 +136,18 @@ def sharing(model: nn.Module) -> Ranks:
                 f"{name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} dimensions; "
                 "FSDP2 is supported on meshes of one dimension"
             )
-    return everyone(model)
+        if parameter.device.type != parameter.device_mesh.device_type:
+            raise ValueError(
+                f"{name} is on the {parameter.device.type} and used on {parameter.device_mesh.device_type}: "
+                "CPUOffloadPolicy is not supported; offload=True holds the Fisher information in host memory"
+            )
+    return ranks
 
 
 def holders(model: nn.Module) -> Ranks:
     """The ranks that hold different weights; of replicas each holds all of them, and is alone in that."""
-    return ALONE if isinstance(model, DistributedDataParallel) else everyone(model)
+    ranks = everyone(model)
+    return ranks if replicas(model) is None else ALONE
 
 
 def counted(parameter: Tensor, holders: Ranks) -> bool:
@@ -134,11 +167,3 @@ def world() -> Ranks:
         return ALONE
     assert dist.group.WORLD is not None
     return Ranks.of(dist.group.WORLD)
-
-
-def sum_over(ranks: Ranks, numbers: Iterable[float], device: torch.device) -> list[float]:
-    """Numbers added up over the ranks, in float64."""
-    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    ranks.sum_(total)
-    found: list[float] = total.tolist()
-    return found

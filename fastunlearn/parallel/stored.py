@@ -24,6 +24,7 @@ from ..checkpoint import (
     UNREADABLE,
     WRAPPERS,
     first_line,
+    is_plain_name,
     load_weights,
     require_listed,
     shards_of,
@@ -181,6 +182,11 @@ def _open_distributed(folder: Path) -> dict[str, Stored]:
         ) from error
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise ValueError(f"{folder / METADATA}: not the metadata of a torch.distributed.checkpoint folder")
+    for info in metadata.storage_data.values():
+        if not is_plain_name(info.relative_path):
+            raise ValueError(
+                f"{folder / METADATA}: names the file {info.relative_path!r}; pieces lie in the same folder"
+            )
     reader = FileSystemReader(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     found = {

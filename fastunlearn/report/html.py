@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunlearn.files import write_text
+from fastunlearn.report import language
 from fastunlearn.report.charts import numbers, shorten, text
 from fastunlearn.report.markup import (
     AUC,
@@ -83,7 +84,8 @@ def _verdict(view: View, title: str) -> str:
         mine, tried = _spoken_of(view)
         cards = "".join(_card(*answer) for answer in _answers(view, mine))
         if tried > 1:
-            why = "whose accuracies are nearest to the retrained model's" if view.reference else "which is the first"
+            figures = "perplexities" if language.is_language(view) else "accuracies"
+            why = f"whose {figures} are nearest to the retrained model's" if view.reference else "which is the first"
             name = f"<b><bdi>{text(shorten(mine['name'], 60))}</bdi></b>"
             whose = f'<p class="whose">{name}, of {tried} methods the one {why}</p>'
     return (
@@ -129,7 +131,10 @@ def _answers(view: View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rest = others(partial(part_of, key="accuracy", part=part), PERCENT1, "\u202f%")
         return f"{whole}; {rest}" if rest else whole
 
-    known = mean_of(part_of(mine, "accuracy", "forget"))
+    spoken = language.is_language(view)
+    if spoken:
+        found += language.answers(view, mine)
+    known = None if spoken else mean_of(part_of(mine, "accuracy", "forget"))
     target = mean_of(part_of(view.reference, "accuracy", "forget"))
     if known is not None and target is not None:
         answer = f"{as_points(known - target)} <i>points</i>"
@@ -143,7 +148,7 @@ def _answers(view: View, mine: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             detail = f"AUC of the strongest attack, <bdi>{text(shorten(attack, 30))}</bdi>; 0.5 is a coin toss"
             found.append(("Can an attacker tell?", AUC(auc), f"{detail}; {rest}" if rest else detail))
     after, before = mean_of(part_of(mine, "accuracy", "test")), mean_of(part_of(view.original, "accuracy", "test"))
-    if after is not None and before is not None:
+    if after is not None and before is not None and not spoken:
         found.append(("What did it cost?", f"{as_points(after - before)} <i>points</i>", _capital(right("test"))))
     seconds, retraining = mean_of(mine.get("seconds")), mean_of((view.reference or {}).get("seconds"))
     if seconds is not None:

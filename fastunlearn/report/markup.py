@@ -189,9 +189,14 @@ def plainly(estimate: Estimated, write: Callable[[float], str]) -> str:
 
 
 def cell_of(
-    estimate: Estimated, write: Callable[[float], str], reference: Estimated = None, gap: Estimated = None
+    estimate: Estimated,
+    write: Callable[[float], str],
+    reference: Estimated = None,
+    gap: Estimated = None,
+    note: str = "",
 ) -> str:
-    """A table cell: mean, interval, gap, one under the other; marked when within the reference's interval."""
+    """A table cell: mean, interval, gap or another ``note``, one under the other; marked when within the reference's
+    interval."""
     mean, interval = mean_of(estimate), interval_of(estimate)
     if mean is None:
         return '<td class="none"><span aria-label="not measured">\N{EN DASH}</span></td>'
@@ -202,7 +207,9 @@ def cell_of(
         shown += f"<small>{write(interval[0])} to {write(interval[1])}</small>"
     difference = mean_of(gap)
     if difference is not None:
-        shown += f'<small class="gap">{as_points(difference)} points</small>'
+        note = f"{as_points(difference)} points"
+    if note:
+        shown += f'<small class="gap">{note}</small>'
     return f'<td class="{"near" if near else ""}">{shown}</td>'
 
 

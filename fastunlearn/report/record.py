@@ -33,8 +33,8 @@ SCHEMA_VERSION = 1
 SALT_BYTES = 32
 LEFT_OUT = "[forgotten sample]"
 # Fields of the configuration and of the data that name a file, with or without a kind before it or a part after it.
-PLACES = ("model", "weights", "data", "forget", "retain", "test", "validation", "reference", "out", "log", "cache",
-          "source")  # fmt: skip
+PLACES = ("model", "weights", "data", "forget", "retain", "test", "validation", "reference", "questions", "out", "log",
+          "cache", "source")  # fmt: skip
 # Where a file's path begins inside a text: at its start or after a sign, with a root of Unix, Windows or the home.
 ROOT = re.compile(r"(?:(?<=[\s:=@,;\"'(\[])|^)(?:file:/*)?(?:~[\w.-]*|[A-Za-z]:|\.{1,2})?[/\\]+(?=\S)")
 URL = re.compile(r"\b(?:https?|ftp|s3|gs|hf)://+$")

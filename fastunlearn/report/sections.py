@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastunlearn.report import charts
+from fastunlearn.report import charts, language
 from fastunlearn.report.charts import Dot, Line, Slope, finite, numbers, shorten, text
 from fastunlearn.report.markup import (
     AUC,
@@ -47,9 +47,12 @@ from fastunlearn.report.markup import (
 def _glance(view: View) -> str:
     """Every model on one axis per quantity, the retrained models' interval shaded."""
     figures = []
-    for name in view.sets():
-        title = f"Accuracy on {_data(name)}, %"
-        figures.append(_compared(view, title, partial(part_of, key="accuracy", part=name), PERCENT1, 4.0, (0, 100)))
+    if language.is_language(view):
+        figures = [_compared(view, *figure) for figure in language.figures(view)]
+    else:
+        for name in view.sets():
+            title = f"Accuracy on {_data(name)}, %"
+            figures.append(_compared(view, title, partial(part_of, key="accuracy", part=name), PERCENT1, 4.0, (0, 100)))
     shared = [a for a in view.attacks() if sum(attack_of(m, a) is not None for m in view.models) > 1]
     for attack in shared[:1]:
         which = "Strongest attack" if attack == view.attacks()[0] else "Attack"
@@ -126,7 +129,7 @@ def _whole(n: Any) -> str:
 
 def _models(view: View) -> str:
     sets = view.sets()
-    if not view.models or not sets:
+    if not view.models or not sets or language.is_language(view):
         return ""
     head = ["model", *(f"{text(SET_NAMES.get(s, s))}<small>accuracy, %</small>" for s in sets)]
     timed = any(mean_of(m.get("seconds")) is not None for m in view.models)
@@ -147,6 +150,11 @@ def _models(view: View) -> str:
         rows.append(row_of(name_of(view, model), cells, "reference" if is_reference else ""))
     main = table_of("Accuracy by model, and the gap to the retrained one", head, rows)
     return main + _within_note(view, "accuracy") + _finer(view) + _per_class(view)
+
+
+def _language(view: View) -> str:
+    body = language.section(view)
+    return body and body + _within_note(view, "perplexity")
 
 
 def _within_note(view: View, key: str) -> str:
@@ -589,6 +597,13 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[View], str]], ...] = (
         "Models",
         "Share of samples put in their right class. The gap is to a model trained anew without the forgotten data.",
         _models,
+    ),
+    (
+        "language",
+        "Language",
+        "How well the next token is known, and how much of a text comes back from its beginning. Compare with a model "
+        "trained without the forgotten texts, or with texts that no model saw.",
+        _language,
     ),
     (
         "attacks",
