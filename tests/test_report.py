@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 from findings import compare_findings, estimate, layers, model, unlearn_findings
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastunlearn.report import charts
@@ -88,6 +88,7 @@ AWKWARD = st.floats(allow_nan=True, allow_infinity=True) | st.none()
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(AWKWARD, max_size=6), st.booleans())
+@example([5e-324], True)
 def test_every_domain_has_an_extent_holds_its_values_and_few_distinct_ticks(values: list[Any], log: bool) -> None:
     known = [v for v in charts.numbers(values) if not log or v > 0]
     scale = Scale(*charts.domain(values, log=log), 0, 100, log)

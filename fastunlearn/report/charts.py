@@ -126,7 +126,7 @@ def domain(values: Iterable[object], *, log: bool = False, least: float | None =
         above = [v for v in found if v > 0]
         if not above:
             return 0.1, 1.0
-        top = math.ceil(math.log10(max(above)) - 1e-9)
+        top = max(math.ceil(math.log10(max(above)) - 1e-9), -290)  # a decade below the smallest numbers is zero
         bottom = max(math.floor(math.log10(min(above)) + 1e-9), top - 12)
         return 10.0 ** min(bottom, top - 1), 10.0**top
     low, high = around(found, least)
