@@ -250,10 +250,13 @@ class _HollowSums(Sums):
                 self.flush()
 
     def flush(self) -> None:
-        if self.waiting:
-            sent = torch.cat([r.reshape(-1) for r in self.waiting.values()])
-            self.waiting.clear()
-            torch.empty_like(sent)  # what is received
+        bucket: list[Tensor] = []
+        for name in list(self.waiting):
+            bucket.append(self.waiting.pop(name).reshape(-1))
+            if sum(r.nbytes for r in bucket) >= BUCKET_BYTES or not self.waiting:
+                sent = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
+                bucket = []
+                torch.empty_like(sent)  # what is received
 
 
 @dataclass
