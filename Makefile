@@ -43,9 +43,11 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 demo: $(VENV)/built
 	$(BIN)/fastunlearn demo
 
-# One process per core, each on one thread: threads of several processes on one core wait for one another.
+# One process per core, each on one thread: threads of several processes on one core wait for one another. Files in the
+# order of their names: by the number of their tests, those with few long ones would come last and keep one core alone.
 test: $(VENV)/built
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .
